@@ -1,6 +1,6 @@
 """peakgpt: train and run GPT models near the peak of their hardware.
 
-Models: GPT, GPTConfig, Tokenizer. Training: Trainer, TrainConfig, AdamW. Inference: Engine, SamplingParams.
+Models: GPT, GPTConfig, LoraConfig, Tokenizer. Training: Trainer, TrainConfig, AdamW. Inference: Engine, SamplingParams.
 Ops: attention, linear_cross_entropy and the other functions below; `peakgpt.nn` has them as layers.
 Other people's models: patch, unpatch, register_attention. Backends: use_backend, doctor.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.lora import LoraConfig
 from peakgpt.engine.training.optimizer import AdamW
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.attention import attention
@@ -37,6 +38,7 @@ __all__ = [
     "AdamW",
     "Engine",
     "GPTConfig",
+    "LoraConfig",
     "SamplingParams",
     "Tokenizer",
     "TrainConfig",

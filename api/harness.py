@@ -72,8 +72,8 @@ class PeakGPT(TemplateLM):
             if device == DEFAULT_DEVICE and not torch.cuda.is_available():
                 device = "cpu"
             source, self.name = locate(pretrained, MODEL_FILES), str(pretrained)
-            self.model = GPT.from_pretrained(source, dtype=getattr(torch, dtype)).to(choose_device(device))
-            self.tokens = tokenizer or Tokenizer.load(source)
+            model = GPT.from_pretrained(source, dtype=getattr(torch, dtype), merge_adapter=True)
+            self.model, self.tokens = model.to(choose_device(device)), tokenizer or Tokenizer.load(source)
         self.max_length = min(max_length or self.model.config.block_size, self.model.config.block_size)
         self.scorer, self._engine, self._cache = Scorer(self.model, cache=kv_cache_dtype), None, kv_cache_dtype
 

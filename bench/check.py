@@ -76,6 +76,13 @@ CASES = [
     ("linear", {"rows": 1, "width": 272, "out": 65}, {}),
     ("linear", {"rows": 16, "width": 64, "out": 129}, {}),
     ("linear", {"rows": 17, "width": 64, "out": 129}, {}),
+    ("linear_lora", {"rows": 33, "width": 65, "out": 129, "rank": 3}, {"scale": 2.0}),
+    ("linear_lora", {"rows": 5, "width": 16, "out": 40, "rank": 8, "dropout": True}, {"scale": 0.5}),
+    ("linear_lora", {"rows": 17, "width": 64, "out": 130, "rank": 2, "parts": 3, "taken": 130},
+     {"scale": 2.0, "rows": (0, 65, 65, 97, 97, 130)}),
+    ("linear_lora", {"rows": 3, "width": 24, "out": 40, "rank": 5, "taken": 16, "dropout": True},
+     {"scale": 1.0, "rows": (8, 24)}),
+    ("linear_lora", {"rows": 0, "width": 16, "out": 8, "rank": 2}, {"scale": 1.0}),
     ("linear_q8", {"rows": 33, "width": 65, "out": 129}, {}),
     ("linear_q8", {"rows": 1, "width": 300, "out": 3}, {"activation": "gelu_tanh"}),
     ("linear_q8", {"rows": 0, "width": 16, "out": 8}, {}),
@@ -83,12 +90,16 @@ CASES = [
     ("linear_q4", {"rows": 3, "width": 64, "out": 33}, {"activation": "clamped_up"}),
     ("linear_q4", {"rows": 33, "width": 65, "out": 129}, {}),
     ("linear_q4", {"rows": 1, "width": 300, "out": 3, "group": 32}, {"group": 32, "activation": "silu"}),
+    ("linear_q4", {"rows": 17, "width": 50, "out": 2500}, {"activation": "gelu_erf"}),
     ("linear_grouped", {"rows": 33, "width": 65, "out": 129}, {"levels": "unsigned"}),
     ("linear_grouped", {"rows": 9, "width": 300, "out": 70, "bits": 8, "offset": False, "group": 16},
      {"bits": 8, "group": 16}),
     ("linear_grouped", {"rows": 1, "width": 300, "out": 3, "offset": False}, {"levels": "fp4", "activation": "silu"}),
     ("linear_grouped", {"rows": 17, "width": 72, "out": 33, "offset": False}, {"activation": "clamped_up"}),
     ("linear_grouped", {"rows": 2, "width": 65, "out": 70, "bits": 8}, {"bits": 8}),
+    ("linear_grouped", {"rows": 0, "width": 40, "out": 17, "order": True}, {"activation": "relu"}),
+    ("linear_grouped", {"rows": 6, "width": 83, "out": 20, "group": 24, "order": True},
+     {"group": 24, "activation": "clamped_swiglu"}),
     ("linear_grouped", {"rows": 5, "width": 200, "out": 70, "group": 128, "zeros": True, "order": True},
      {"group": 128, "zero_points": True}),
     ("linear_grouped", {"rows": 1, "width": 129, "out": 33, "bits": 8, "group": 64, "zeros": True},
@@ -305,7 +316,8 @@ LARGE_CASES = [
 
 # Floating-point inputs without a gradient, by op.
 TABLES = ("cos", "sin")
-CONSTANT = {"rotary": TABLES, "qk_norm": TABLES, "attention_qkv": TABLES, "linear_cross_entropy": ("weight",)}
+CONSTANT = {"rotary": TABLES, "qk_norm": TABLES, "attention_qkv": TABLES, "linear_cross_entropy": ("weight",),
+            "linear_q8": ("scale",), "linear_q4": ("scale",), "linear_grouped": ("scale", "offset")}  # fmt: skip
 
 
 def sample(

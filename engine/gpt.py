@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peakgpt.engine.checkpoint.adapters import attach
+from peakgpt.engine.checkpoint.adapters.folder import write_adapter
 from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.gguf.file import read_gguf
 from peakgpt.engine.checkpoint.gguf.weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
+    ADAPTER_FILES,
     MODEL_FILES,
     TokenizerFiles,
     open_layout,
@@ -29,13 +32,15 @@ from peakgpt.engine.checkpoint.quantized.mxfp4 import is_mxfp4, mxfp4_weights, w
 from peakgpt.engine.checkpoint.quantized.mxfp4_folder import load_mxfp4
 from peakgpt.engine.checkpoint.quantized.packed_layers import PackedFormat
 from peakgpt.engine.checkpoint.quantized.packed_weights import load_packed
+from peakgpt.engine.data.adapter_source import base_of, is_adapter
 from peakgpt.engine.data.gguf_header import is_gguf
-from peakgpt.engine.data.model_source import locate
+from peakgpt.engine.data.model_source import locate, name_and_revision
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
 from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedLinear
+from peakgpt.engine.model.lora import DEFAULT_ADAPTER, LoraConfig
 from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
@@ -61,7 +66,7 @@ class GPT(Transformer):
     @classmethod
     def from_pretrained(
         cls, source: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
-        revision: str | None = None, dequantize: bool = False,
+        revision: str | None = None, dequantize: bool = False, merge_adapter: bool = False,
     ) -> GPT:  # fmt: skip
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
@@ -71,18 +76,36 @@ class GPT(Transformer):
         Args:
             source: a name of the Hugging Face hub ("gpt2", "org/name", "org/name@revision"), whose files are
                 downloaded into its cache; a folder with config.json and model.safetensors (or its shards, or
-                pytorch_model.bin); the folder of a run, for its newest checkpoint; or a .gguf file, the format of
-                llama.cpp, here or of the hub ("org/name/model.gguf").
+                pytorch_model.bin); the folder of a run, for its newest checkpoint; a .gguf file, the format of
+                llama.cpp, here or of the hub ("org/name/model.gguf"); or an adapter in PEFT's format: the model is then
+                the base model that adapter_config.json names, with the adapter active.
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
             revision: of a model of the hub: a branch, a tag or a commit.
             dequantize: decode the quantized weights of a .gguf file, or of an MXFP4, GPTQ or AWQ checkpoint, to this
                 dtype: to train or to export the model. Otherwise its linear layers multiply by their integers.
+            merge_adapter: of a folder with an adapter, add the adapter to the weights unless these are quantized, as
+                `merge_and_unload` does.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
             OSError: a downloaded file cannot be written.
         """
         folder = locate(source, MODEL_FILES, revision)
+        if is_adapter(folder):
+            base, base_revision = base_of(folder)
+            options = {"dtype": dtype, "dropout": dropout, "revision": base_revision, "dequantize": dequantize}
+            model = cls.from_pretrained(base, **options)
+            model.load_adapter(folder)
+            if merge_adapter:
+                attach.merge_floats(model)
+            return model
+        model = cls._from_folder(folder, dtype=dtype, dropout=dropout, dequantize=dequantize)
+        model.name_or_path, model.revision = name_and_revision(source, revision, folder)
+        return model
+
+    @classmethod
+    def _from_folder(cls, folder: Path, *, dtype: torch.dtype, dropout: float | None, dequantize: bool) -> GPT:
+        """Load a model folder or a .gguf file; arguments as `from_pretrained`."""
         if is_gguf(folder):
             gguf = read_gguf(folder, dropout=dropout)
             model = cls._without_weights(gguf.config, folder)
@@ -156,6 +179,82 @@ class GPT(Transformer):
         state = {name: t.to(dtype or t.dtype) for name, t in state.items()}
         source_files = with_method(self.source_files) if mxfp4 else self.source_files
         write_model(folder, self.config, state, tokenizer, max_shard_size, source_files, mxfp4)
+
+    # ---- adapters, see engine/model/lora.py
+
+    def add_adapter(self, config: LoraConfig, adapter_name: str = DEFAULT_ADAPTER) -> None:
+        """Add a LoRA adapter, activate it, and freeze all weights but those of adapters, as transformers does.
+
+        The model may be quantized. The new adapter changes nothing until it is trained.
+
+        Args:
+            config: rank, scale, and the layers that it is for.
+            adapter_name: for the other methods; without a dot.
+        Raises:
+            ValueError: the model has an adapter of this name, or target_modules does not fit the model.
+        """
+        attach.add_adapter(self, config, adapter_name)
+
+    def load_adapter(
+        self, source: Path | str, adapter_name: str = DEFAULT_ADAPTER, *, is_trainable: bool = False,
+        revision: str | None = None,
+    ) -> None:  # fmt: skip
+        """Load a LoRA adapter in PEFT's format, activate it, and freeze all weights but those of adapters.
+
+        Args:
+            source: a folder with adapter_config.json and adapter_model.safetensors, the folder of a run that trained an
+                adapter, or a name of the Hugging Face hub.
+            adapter_name: for the other methods; without a dot.
+            is_trainable: whether the adapter's weights are trained further.
+            revision: of an adapter of the hub: a branch, a tag or a commit.
+        Raises:
+            ValueError: the model has an adapter of this name; a missing or damaged file; an adapter of another model,
+                or one that is not supported, such as DoRA: the message names the field.
+        """
+        attach.load_adapter(self, locate(source, ADAPTER_FILES, revision), adapter_name, is_trainable=is_trainable)
+
+    def save_adapter(
+        self, folder: Path | str, adapter_name: str | None = None, *, tokenizer: TokenizerFiles | None = None
+    ) -> None:
+        """Save an adapter in PEFT's format, which PEFT loads on the family's model of transformers.
+
+        Args:
+            folder: created if it does not exist.
+            adapter_name: None means the active one.
+            tokenizer: saved in the same folder.
+        Raises:
+            ValueError: the model has no such adapter.
+            OSError: the folder cannot be written.
+        """
+        saved = attach.SavedAdapter(self, adapter_name)
+        write_adapter(Path(folder), saved.content, saved.tensors(self.state_dict()), tokenizer)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Activate an adapter; None activates none, so that the model is its base model.
+
+        Raises:
+            ValueError: the model has no such adapter.
+        """
+        attach.set_adapter(self, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; its base model's weights stay frozen.
+
+        Raises:
+            ValueError: the model has no such adapter.
+        """
+        attach.delete_adapter(self, adapter_name)
+
+    def merge_and_unload(self) -> GPT:
+        """Add the active adapter to the weights and remove all adapters, as PEFT's method of this name; return self.
+
+        The sum is formed in float32. The model then runs as fast as without adapters, and `save_pretrained` saves it.
+
+        Raises:
+            ValueError: a layer of the adapter is quantized.
+        """
+        attach.merge(self)
+        return self
 
     @property
     def prepare_inputs_for_generation(self) -> Any:

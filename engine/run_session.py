@@ -191,7 +191,7 @@ def initial_model(config: RunConfig, data: TrainingData) -> GPT:
     """Return the model before the first step: random weights from the seed, or those of the checkpoint `init`."""
     model = empty_model(config, data)
     if config.source.init is not None:
-        source = GPT.from_pretrained(config.source.init, dequantize=True)
+        source = GPT.from_pretrained(config.source.init, dequantize=True, merge_adapter=True)
         model.load_state_dict(source.state_dict())  # copied: a run does not depend on the file, and has huge pages
         model.source_files = source.source_files
     return model

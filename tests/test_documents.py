@@ -218,6 +218,8 @@ SMALL = {
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
     "peakgpt train --config tiny": "--steps 2 --batch 2 --tokens 16 --vocab 300",
+    "peakgpt finetune --task sft --init CHECKPOINT --data answers.jsonl --lora-rank": "--steps 2 --batch 2 --tokens 64",
+    "peakgpt generate runs/adapter": "--max-tokens 2",
     "peakgpt verify": "",
     "peakgpt generate runs/mine": "--max-tokens 2",
     "peakgpt generate CHECKPOINT": "--max-tokens 2",
@@ -303,6 +305,8 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "shakespeare_char").mkdir()
     for name in ("train.bin", "val.bin"):
         (tmp_path / "shakespeare_char" / name).write_bytes(bytes([7, 0] * 40))
+    rows = [{"prompt": f"Count {count}:", "completion": " one two"} for count in range(9)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
     (tmp_path / "questions.jsonl").write_text('{"question": "One two three four five six seven eight nine?"}')

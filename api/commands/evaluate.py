@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
             overlaps = find_overlaps(texts, _corpus(args), enter_phase)
         enter_phase("loading the model")
         source = locate(args.checkpoint, MODEL_FILES)
-        model, tokenizer = GPT.from_pretrained(source, dtype=dtype).to(device), Tokenizer.load(source)
+        model = GPT.from_pretrained(source, dtype=dtype, merge_adapter=True).to(device)
+        tokenizer = Tokenizer.load(source)
         evaluator = Evaluator(model, tokenizer, cache=args.kv_cache_dtype, report=enter_phase)
         results = [_evaluate(evaluator, *row, options) for row in zip(plans, overlaps, strict=True)]
         if harness:

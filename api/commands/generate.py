@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from peakgpt.engine.checkpoint.adapters.attach import merge_floats
 from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ CHOOSING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help=f"model with a tokenizer: {NAMES}")
+    parser.add_argument("--adapter", metavar="FOLDER",
+                        help="LoRA adapter in PEFT's format for the model; a folder of one is a checkpoint too, whose "
+                        "base model it names")  # fmt: skip
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", help="file with the prompt: text, or JSON with examples (docs/inference.md)")
@@ -59,10 +63,13 @@ def run(args: argparse.Namespace) -> int:
         _refuse_sampling(args, "--temperature 0")
     SamplingParams(**{**given, "top_k": args.top_k or None}, stop=args.stop)  # raises before the model is loaded
     device = choose_device(args.device)
-    load = lambda source: GPT.from_pretrained(source, dtype=best_dtype(device)).to(device)  # noqa: E731
+    load = lambda source: GPT.from_pretrained(source, dtype=best_dtype(device), merge_adapter=True).to(device)  # noqa: E731
     prompt, stops = read_prompt(args.file) if args.file is not None else (args.prompt, ())
     source = locate(args.checkpoint, MODEL_FILES)
     model, tokenizer = load(source), Tokenizer.load(source)
+    if args.adapter is not None:
+        model.load_adapter(args.adapter)
+        merge_floats(model)
     speculation: Speculation | None = None
     if args.speculative_model:
         speculation = PromptLookup() if args.speculative_model == LOOKUP else DraftModel(load(args.speculative_model))

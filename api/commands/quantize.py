@@ -10,6 +10,7 @@ from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.checkpoint.quantized.folder import is_weights, read_format, write_quantized
 from peakgpt.engine.checkpoint.quantized.packed_layers import PackedFormat
 from peakgpt.engine.checkpoint.quantized.weights import quantize_state, rounding_error
+from peakgpt.engine.data.adapter_source import is_adapter
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text
@@ -39,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if is_gguf(args.source):
         raise ValueError(f"quantize: IN is {args.source}, expected a folder: read the file with dequantize=True, and "
                          "save the model and its tokenizer in one")  # fmt: skip
+    if is_adapter(args.source):
+        raise ValueError(f"quantize: IN is {args.source}, an adapter, expected a model: write the merged one with "
+                         "`peakgpt export --format safetensors`")  # fmt: skip
     if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if not isinstance(read_format(args.source), PackedFormat | None):

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_ignored(args, ("window", "stride"), "without --text, expected both")
     device = choose_device(args.device)
     source, dtype = locate(args.checkpoint, MODEL_FILES), best_dtype(device) if args.dtype == "best" else torch.float32
-    model = GPT.from_pretrained(source, dtype=dtype).to(device)
+    model = GPT.from_pretrained(source, dtype=dtype, merge_adapter=True).to(device)
     scorer, tokenizer = Scorer(model, cache=args.kv_cache_dtype), Tokenizer.load(source)
     if args.text is not None:
         _perplexity(scorer, tokenizer, args)

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         keep_pages()  # else every step pays page faults for its logits, 13 MB for 64 streams
         tokenizer = Tokenizer.load(args.checkpoint)
-        model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype)).to(device)
+        model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype), merge_adapter=True).to(device)
         engine = Engine(model, tokenizer, blocks=args.blocks, cache=args.kv_cache_dtype)
         notes = engine.cache_note, engine.executor_note, engine.preparation.defaults.note
         print("\n".join(filter(None, notes)), file=sys.stderr, flush=True)

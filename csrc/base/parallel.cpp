@@ -3,8 +3,11 @@
 #include <omp.h>
 #include <pthread.h>
 
+#include <chrono>
 #include <stdexcept>
 #include <thread>
+
+#include "base/time_slice.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,10 +16,13 @@
 namespace peak {
 namespace {
 
-// Linux gives a thread 0.7 to 3 ms at once. With one busy process on two cores, decoding was fastest with 0.5 ms (Linux
-// 6.18, 2026-11): 0.3 ms took 1.1 x, 1.5 ms 1.0 to 1.2 x, and no rest 1.3 x the time.
-constexpr std::chrono::microseconds kSlice{500};
-constexpr int kSpins = 2000;  // some 30 us, before a waiting thread offers its core
+using Clock = TimeSlice::Clock;
+using std::chrono::microseconds;
+
+TimeSlice& Slice() {
+  static thread_local TimeSlice slice(SliceLength());
+  return slice;
+}
 
 uint32_t JobOf(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
 uint64_t Word(uint32_t job, uint64_t rest) { return uint64_t{job} << 32 | rest; }
@@ -29,6 +35,22 @@ void Pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Waits until `holds`. Another thread makes it true, usually in the time of a unit. If that takes twice as long, the
+// thread has no core. Then this one sleeps: its core may take the other thread, and its time slice is not used up.
+// (To offer the core instead would end the slice, from Linux 6.18 on.)
+template <class F>
+void WaitUntil(const F& holds) {
+  constexpr Clock::duration kShortest = microseconds(150), kLongest = microseconds(500);
+  const auto end = Clock::now() + std::clamp(2 * Slice().unit(), kShortest, kLongest);
+  do {
+    for (int look = 0; look < 16; ++look, Pause()) {
+      if (holds()) return;
+    }
+  } while (Clock::now() < end);
+  while (!holds()) std::this_thread::sleep_for(microseconds(50));
+  Slice().Begin(Clock::now());
 }
 
 // OpenMP has threads after the first team, which a forked child lacks: its teams would wait for them forever.
@@ -58,10 +80,15 @@ void Team::Fork(void (*body)(const void*), const void* f) {
   had_teams = true;
 #pragma omp parallel num_threads(size_)
   {
-    Member member{this, omp_get_thread_num(), 0, false, std::chrono::steady_clock::now()};
+    Member member{this, omp_get_thread_num(), 0, false};
     Current() = &member;
     Try([&] { body(f); });
     Current() = nullptr;
+    // Here and not in OpenMP's barrier, which spins for milliseconds while a thread has no core.
+    ended_.fetch_add(1, std::memory_order_release);
+    if (member.id == 0) {
+      WaitUntil([&, all = omp_get_num_threads()] { return ended_.load(std::memory_order_acquire) == all; });
+    }
   }
   if (error_) std::rethrow_exception(error_);
 }
@@ -93,23 +120,20 @@ void Team::Finish(uint32_t job, uint32_t units) {
 
 void Team::Wait(uint32_t job, int64_t units) const {
   if (units == 0) return;
-  for (int spins = 0;;) {
+  WaitUntil([&] {
     const uint64_t seen = finished_.load(std::memory_order_acquire);
     const int32_t age = Age(job, seen);
-    if (age < 0 || (age == 0 && static_cast<int64_t>(seen & 0xffffffff) == units)) return;
-    if (spins < kSpins) {
-      ++spins, Pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+    return age < 0 || (age == 0 && static_cast<int64_t>(seen & 0xffffffff) == units);
+  });
 }
 
-bool Team::MustRest(const Member& member) { return std::chrono::steady_clock::now() - member.rested > kSlice; }
+void Team::BeginUnits() { Slice().BeginUnits(Clock::now()); }
 
-void Team::Rest(Member& member) {
+bool Team::MustRest() { return Slice().EndUnit(Clock::now()); }
+
+void Team::Rest() {
   std::this_thread::yield();
-  member.rested = std::chrono::steady_clock::now();
+  Slice().Begin(Clock::now());
 }
 
 }  // namespace peak

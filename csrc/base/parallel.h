@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <type_traits>
@@ -31,7 +30,6 @@ class Team {
     int id;
     uint32_t job;  // the last one that this thread came to
     bool in_unit;  // jobs inside a unit run on this thread alone
-    std::chrono::steady_clock::time_point rested;
   };
 
   // This thread's membership, or null.
@@ -53,6 +51,7 @@ class Team {
   void Run(Member& member, int64_t units, const F& f) {
     const uint32_t job = ++member.job;
     uint32_t finished = 0;
+    BeginUnits();
     for (int i = 0; i < size_; ++i) {
       const int share = (member.id + i) % size_;
       for (int64_t unit; (unit = Take(share, job, units, i == 0)) >= 0;) {
@@ -60,10 +59,10 @@ class Team {
         Try([&] { f(unit, member.id); });
         member.in_unit = false;
         ++finished;
-        if (!MustRest(member)) continue;
+        if (!MustRest()) continue;
         Finish(job, finished);
         finished = 0;
-        Rest(member);
+        Rest();
       }
     }
     if (finished > 0) Finish(job, finished);
@@ -88,11 +87,11 @@ class Team {
   int64_t Take(int share, uint32_t job, int64_t units, bool first);
   void Finish(uint32_t job, uint32_t units);
   void Wait(uint32_t job, int64_t units) const;
-  // Whether this thread has used most of its time slice. The system would stop it soon, most likely within a unit, and
-  // the others would wait for that unit.
-  static bool MustRest(const Member& member);
+  static void BeginUnits();
+  // Whether this thread has used most of its time slice (base/time_slice.h). Called after each unit.
+  static bool MustRest();
   // Lets another process have the core, if one waits for it.
-  static void Rest(Member& member);
+  static void Rest();
 
   // Runs f, unless something has thrown before. Keeps the first exception.
   template <class F>
@@ -108,6 +107,7 @@ class Team {
   const int size_;
   std::vector<Share> shares_;
   alignas(64) std::atomic<uint64_t> finished_{0};  // the number of a job and of its finished units, 32 bits each
+  std::atomic<int> ended_{0};  // threads that came to the end
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
 };

@@ -5,6 +5,7 @@
 
 #include "base/memory.h"
 #include "base/parallel.h"
+#include "gemm/quantized.h"
 
 namespace peak {
 
@@ -36,6 +37,7 @@ constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: 
 #ifdef PEAK_ISA
 
 #include "gemm/panels.h"
+#include "gemm/decoded_panels.h"
 #include "gemm/register_tile.h"
 #include "gemm/epilogues.h"
 #include "gemm/skinny_gemm.h"
@@ -94,6 +96,9 @@ void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, in
 template <class T>
 void PackColumns(const GemmArgs& args, const GemmBlock& block, const PanelRange& group, float* out) {
   const int64_t begin = group.begin * kColumns, end = std::min(group.end * kColumns, block.columns);
+  if (args.weight != nullptr) {
+    return PackDecoded<T>(*args.weight, block.column + begin, end - begin, block.k, block.depth, out);
+  }
   const T* from = static_cast<const T*>(args.b) + (block.column + begin) * args.b_col + block.k * args.b_k;
   Pack<T>(from, args.b_col, args.b_k, end - begin, block.depth, kColumnVecs, out);
 }
@@ -183,6 +188,7 @@ struct GemmPlan {
     rows = Up(Pieces(args.m, Pieces(args.m, kBlockRows)), tile.rows);
     columns = Up(Pieces(args.n, Pieces(args.n, kBlockColumns)), tile.columns);
     depth = DepthOf(args.k, tile);
+    if (args.weight != nullptr) depth = Up(depth, kPanelOutputs);
     const int64_t slots = depth / tile.slot;
     a_size = rows * slots;
     b_size = std::max(kGroupFloats, tile.columns * slots);
@@ -193,7 +199,7 @@ struct GemmPlan {
 
 // Whether b is not packed. A b that is contiguous along k is transposed in registers, for one panel of a.
 bool IsSkinny(const GemmArgs& args, const GemmTile& tile) {
-  return args.m <= (args.b_k == 1 ? tile.rows : kSkinnyAcross);
+  return args.weight == nullptr && args.m <= (args.b_k == 1 ? tile.rows : kSkinnyAcross);
 }
 
 // The size of the packed rows of a skinny product, in floats.

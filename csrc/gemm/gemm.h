@@ -35,6 +35,8 @@ enum class Epilogue : int {
   kGateSlope = 5,  // c = s act(gate) up'(pre), dgate = s up(pre) act'(gate), act = act(gate) up(pre)
 };
 
+struct QuantizedMatrix;  // gemm/quantized.h
+
 struct GemmArgs {
   DType dtype;      // of everything but c and a_sums; with float32_rows, of b and bias
   DType out_dtype;  // of c; that of a if the epilogue has an activation
@@ -56,10 +58,12 @@ struct GemmArgs {
   // a, pre, act, gate and dgate are float32 whatever the dtype is. Where an instruction multiplies pairs of bf16, a is
   // rounded when it is packed; elsewhere b is converted to float, and nothing is rounded.
   bool float32_rows = false;
+  // The b of the product if it is given, by C++ only: element (p, j) is the weight of output p for input j in dtype.
+  const QuantizedMatrix* weight = nullptr;
 };
 PEAK_FIELDS(GemmArgs, dtype, out_dtype, m, n, k, a, a_row, a_k, c, c_row)
-PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums,
-                     float32_rows)
+PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums, float32_rows,
+                     weight)
 
 inline DType RowsDType(const GemmArgs& args) { return args.float32_rows ? DType::kFloat32 : args.dtype; }
 

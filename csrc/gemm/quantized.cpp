@@ -8,22 +8,6 @@
 #include "base/parallel.h"
 #include "gemm/quantized_layout.h"
 
-namespace peak {
-
-namespace {
-
-// LEVEL_TABLES of kernels/ops/quantize.py in their order, plus 128.
-constexpr uint8_t kQuantizedLevels[4][16] = {
-    {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
-    {120, 121, 122, 123, 124, 125, 126, 127, 128, 129, 130, 131, 132, 133, 134, 135},
-    {128, 129, 130, 131, 132, 133, 134, 135, 136, 137, 138, 139, 140, 141, 142, 143},
-    {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116},
-};
-
-}  // namespace
-
-}  // namespace peak
-
 #define PEAK_THIS_FILE "gemm/quantized.cpp"
 #include "base/foreach_isa.h"
 
@@ -61,6 +45,7 @@ void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t
       Vec v = Load(sums + j);
       if (!HasBlockScales(args)) v = v * Load(static_cast<const float*>(args.scale) + column + j, columns - j);
       if (args.bias != nullptr) v = v + LoadBias(args, column + j, columns - j);
+      if (args.pre != nullptr) Store(static_cast<T*>(args.pre) + (row + i) * args.n + column + j, v, columns - j);
       Store(y + j, Activated<T>(args.activation, v), columns - j);
     }
   }

@@ -22,6 +22,15 @@ namespace peak {
 // inputs of an output, as an offset or a zero point does.
 constexpr int64_t kPanelOutputs = 16;
 constexpr int64_t kMaxBlock = 128;
+constexpr int64_t kLine = kPanelOutputs * 4;  // bytes
+
+// LEVEL_TABLES of kernels/ops/quantize.py in their order, plus 128.
+constexpr uint8_t kQuantizedLevels[4][16] = {
+    {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
+    {120, 121, 122, 123, 124, 125, 126, 127, 128, 129, 130, 131, 132, 133, 134, 135},
+    {128, 129, 130, 131, 132, 133, 134, 135, 136, 137, 138, 139, 140, 141, 142, 143},
+    {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116},
+};
 
 struct QuantizedMatrix {
   DType dtype;  // of bias, x and y
@@ -40,6 +49,9 @@ struct QuantizedMatrix {
 PEAK_FIELDS(QuantizedMatrix, dtype, bits, n, k, block, weight, scale)
 PEAK_OPTIONAL_FIELDS(QuantizedMatrix, f16_scales, offset, zero_points, levels, order)
 
+// Whether each block of inputs of an output has a scale; else an output has one.
+inline bool HasBlockScales(const QuantizedMatrix& matrix) { return matrix.f16_scales || matrix.bits == 4; }
+
 struct QuantizedArgs : QuantizedMatrix {
   using Base = QuantizedMatrix;
   int64_t rows;
@@ -49,10 +61,11 @@ struct QuantizedArgs : QuantizedMatrix {
   int64_t y_row;
   const void* bias = nullptr;  // (n)
   int activation = -1;         // an Activation (gemm/gemm.h), or -1
-  bool float32_rows = false;   // x and y are float32 whatever the dtype is
+  bool float32_rows = false;   // x, y and pre are float32 whatever the dtype is
+  void* pre = nullptr;         // (rows, n): written if given, y before the activation
 };
 PEAK_FIELDS(QuantizedArgs, rows, x, x_row, y, y_row)
-PEAK_OPTIONAL_FIELDS(QuantizedArgs, bias, activation, float32_rows)
+PEAK_OPTIONAL_FIELDS(QuantizedArgs, bias, activation, float32_rows, pre)
 
 inline DType RowsDType(const QuantizedArgs& args) { return args.float32_rows ? DType::kFloat32 : args.dtype; }
 

@@ -13,7 +13,6 @@ namespace peak {
 constexpr int64_t kUnitPanels = 3;    // panels in a unit of work; a tile has at most this number
 constexpr int64_t kTileRows = 8;      // rows of x that are stored together
 constexpr int64_t kBlockRows = 1024;  // rows of x in a block: they stay in the last-level cache
-constexpr int64_t kLine = kPanelOutputs * 4;
 // Up to this number of rows, panels are read one by one: the processor prefetches a single stream best.
 constexpr int64_t kStreamRows = 8;
 // Up to this number of rows, each tile unpacks 4-bit weights in registers. With more rows a unit is unpacked once for
@@ -21,9 +20,6 @@ constexpr int64_t kStreamRows = 8;
 constexpr int64_t kPackedRows = 32;
 
 inline int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// Whether each block of inputs of an output has a scale; else an output has one.
-inline bool HasBlockScales(const QuantizedMatrix& matrix) { return matrix.f16_scales || matrix.bits == 4; }
 
 // The arrays of the scratch. With scratch == nullptr only `size` is valid.
 struct QuantizedLayout {

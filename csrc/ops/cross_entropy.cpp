@@ -1,6 +1,6 @@
 #include "ops/cross_entropy.h"
 
-#include <vector>
+#include "base/memory.h"
 
 #ifndef PEAK_ISA
 namespace peak {
@@ -287,9 +287,10 @@ template <class Args, class Rows>
 void ForRows(const Args& args, bool with_powers, int threads, const Rows& rows) {
   const int64_t powers = with_powers ? args.vocab : 0, capped = args.softcap == 0.0f ? 0 : args.vocab;
   ParallelRanges(args.rows, GrainRows(args.vocab * SizeOf(args.dtype)), threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> workspace(powers + capped + args.vocab / kChunk + 1);
-    float* const rest = workspace.data() + powers;
-    rows(args, {workspace.data(), rest + capped, rest}, begin, end);
+    const int64_t count = powers + capped + args.vocab / kChunk + 1;
+    float* const memory = reinterpret_cast<float*>(Workspace(count * static_cast<int64_t>(sizeof(float))));
+    float* const rest = memory + powers;
+    rows(args, {memory, rest + capped, rest}, begin, end);
   });
 }
 

@@ -18,6 +18,7 @@
 #include "gemm/gemm.h"
 #include "gemm/grouped_gemm.h"
 #include "gemm/quantized.h"
+#include "gemm/quantized_backward.h"
 #include "ops/adamw.h"
 #include "ops/cross_entropy.h"
 #include "ops/dropout.h"
@@ -60,6 +61,7 @@ void DefineIsa(py::module_& m) {
 }
 
 void DefineKernels(py::module_& m) {
+  DefineKernel<ActivationBackwardArgs, ActivationBackward>(m, "activation_backward");
   DefineKernel<AdamwArgs, Adamw>(m, "adamw");
   DefineKernel<AdamwEachArgs, AdamwEach>(m, "adamw_each");
   DefineKernel<AttentionForwardArgs, AttentionForward>(m, "attention_forward");
@@ -77,6 +79,7 @@ void DefineKernels(py::module_& m) {
   DefineKernel<GemmArgs, Gemm>(m, "gemm");
   DefineKernel<GroupedGemmArgs, GroupedGemm>(m, "grouped_gemm");
   DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
+  DefineKernel<QuantizedBackwardArgs, QuantizedBackward>(m, "linear_quantized_backward");
   DefineKernel<MuonArgs, Muon>(m, "muon");
   DefineKernel<MuonEachArgs, MuonEach>(m, "muon_each");
   DefineKernel<NormForwardArgs, NormForward>(m, "norm_forward");

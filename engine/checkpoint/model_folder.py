@@ -41,23 +41,30 @@ from peakgpt.engine.checkpoint.source_files import (
 )
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
+from peakgpt.engine.data.adapter_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, is_adapter
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.hub import HubFiles
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.tokenizer_names import TOKENIZER_FILES
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
 
 __all__ = [
-    "MODEL_FILES", "OpenWeights", "TokenizerFiles", "check_state", "open_layout", "read_config", "read_source_files",
-    "read_weights", "to_layout", "warn_of_own_layout", "write_description", "write_model", "write_model_files",
+    "ADAPTER_FILES", "MODEL_FILES", "OpenWeights", "TokenizerFiles", "check_state", "open_layout", "read_config",
+    "read_source_files", "read_weights", "to_layout", "warn_of_own_layout", "write_description", "write_model",
+    "write_model_files",
 ]  # fmt: skip
 
 # Files of a model of the hub. Weights in other formats are copies of the same values.
 MODEL_FILES = HubFiles(
-    (*TOKENIZER_FILES, GENERATION_CONFIG),
-    ((WEIGHTS, INDEX, "model-*-of-*.safetensors", QUANTIZED), (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin")),
-)
+    (*TOKENIZER_FILES, GENERATION_CONFIG, ADAPTER_CONFIG),
+    (
+        (ADAPTER_WEIGHTS,), (WEIGHTS, INDEX, "model-*-of-*.safetensors", QUANTIZED),
+        (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin"),
+    ),
+)  # fmt: skip
+ADAPTER_FILES = HubFiles((ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 NORM_OR_LAYER = re.compile(r"\.(ln_\w+|c_\w+)\.weight$")
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (
@@ -70,7 +77,7 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
     """Read config.json, or the metadata of a .gguf file.
 
     Args:
-        folder: a model folder, or a .gguf file.
+        folder: a model folder, a .gguf file, or an adapter folder, for its base model.
         dropout: replaces the dropout rates of the file.
     Raises:
         ValueError: the folder or file is missing or damaged, or describes a model that peakgpt does not support.
@@ -81,6 +88,9 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
         return family_of(config), config
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
+    if is_adapter(folder):
+        base, revision = base_of(folder)
+        return read_config(locate(base, MODEL_FILES, revision), dropout=dropout)
     path = folder / CONFIG
     content = read_json(path)
     try:

@@ -65,6 +65,19 @@ def parse_source(source: Path | str, revision: str | None = None) -> Path | HubM
     return HubModel(match["name"], revision or match["revision"], match["file"])
 
 
+def name_and_revision(source: Path | str, revision: str | None, folder: Path) -> tuple[str, str | None]:
+    """Return what another process can find the same model by: its name and revision on the hub, or an absolute path.
+
+    Args:
+        source, revision: of `locate`.
+        folder: its result.
+    """
+    found = parse_source(source, revision)
+    if not isinstance(found, HubModel):
+        return str(folder.resolve()), None
+    return found.name if found.file is None else f"{found.name}/{found.file}", found.revision
+
+
 def is_path(source: str) -> bool:
     """Return whether a text is a path rather than a name of the hub."""
     return not isinstance(parse_source(source), HubModel)

@@ -28,13 +28,12 @@ from peakgpt.engine.data.chat_tokens import check_options, model_inputs
 from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.documents import Document
 from peakgpt.engine.data.encoding import CUT, encode_parts
-from peakgpt.engine.data.hub import HubFiles
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.split_tokens import splitting_copy
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
-from peakgpt.engine.data.tokenizer_files import read_folder
-from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATE, CHAT_TEMPLATES, CONFIG, TOKENIZER, TOKENIZER_FILES
+from peakgpt.engine.data.tokenizer_files import WANTED, read_folder, tokenizer_folder
+from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATE, CHAT_TEMPLATES, CONFIG, TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -278,12 +277,12 @@ class Tokenizer:
 
         Args:
             source: a name of the Hugging Face hub ("gpt2", "org/name"), of which the tokenizer's files are downloaded;
-                or a folder of a model, of a run or of a tokenizer alone.
+                or a folder of a model, of a run, of a tokenizer alone or of an adapter, whose base model may have it.
             revision: of a model of the hub: a branch, a tag or a commit.
         Raises:
             ValueError: there is no tokenizer, a file is damaged, or the decoder is not supported.
         """
-        folder = locate(source, HubFiles(TOKENIZER_FILES), revision)
+        folder = tokenizer_folder(locate(source, WANTED, revision))
         files = read_folder(folder)
         named = files.special_tokens
         known = END_OF_TEXT if files.library.token_to_id(END_OF_TEXT) is not None else None

@@ -21,9 +21,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models, processors
 
+from peakgpt.engine.data.adapter_source import ADAPTER_CONFIG, base_of, is_adapter
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.gguf_tokenizer import has_gguf_tokenizer, read_gguf_tokenizer
+from peakgpt.engine.data.hub import HubFiles
 from peakgpt.engine.data.library_call import call
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer_classes import CLASSES, class_name
 from peakgpt.engine.data.tokenizer_names import (
@@ -36,10 +39,12 @@ from peakgpt.engine.data.tokenizer_names import (
     SPECIAL_MAP,
     TIKTOKEN,
     TOKENIZER,
+    TOKENIZER_FILES,
     VOCAB,
 )
 from peakgpt.engine.data.vocabulary_files import Vocabulary, read_vocabulary
 
+WANTED = HubFiles((*TOKENIZER_FILES, ADAPTER_CONFIG))  # of a model of the hub
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 GENERIC_CLASS = "PreTrainedTokenizerFast"  # of which transformers builds nothing anew
 
@@ -97,6 +102,14 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
         files[CONFIG] = _config_file(config, name or GENERIC_CLASS, texts)
     templates = _chat_templates(folder, config)
     return TokenizerFolder(vocabulary.source, library, texts, templates, _cleans_up(library, config), files)
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Return the folder that has a model's tokenizer: of an adapter without one that of its base model."""
+    if not is_adapter(folder) or has_tokenizer(folder):
+        return folder
+    base, revision = base_of(folder)
+    return tokenizer_folder(locate(base, WANTED, revision))
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -11,6 +11,8 @@ import torch
 
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
 from peakgpt.engine.data.model_source import NAMES, is_path
+from peakgpt.engine.finetuning import lora_settings
+from peakgpt.engine.finetuning.lora_settings import LoraSettings
 from peakgpt.engine.finetuning.synonyms import FINETUNING
 from peakgpt.engine.finetuning.tasks import sft_config
 from peakgpt.engine.finetuning.tasks.sft_config import SftConfig
@@ -95,7 +97,7 @@ class FinetuneConfig(RunSettings):
     Args:
         task: and the checkpoint.
         fields: all fields of GPTConfig of the checkpoint.
-        data, sft, train, validation, metrics, checkpoint: the other sections.
+        data, sft, lora, train, validation, metrics, checkpoint: the other sections.
     """
 
     COMMAND: ClassVar[str] = "finetune"
@@ -109,6 +111,7 @@ class FinetuneConfig(RunSettings):
     fields: Mapping[str, Any]
     data: ExampleConfig
     sft: SftConfig = field(default_factory=SftConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -147,7 +150,8 @@ class FinetuneConfig(RunSettings):
     def default_values(self, model: GPTConfig, device: torch.device) -> dict[str, Any]:
         own = {"dtype": best_dtype(device), "tokens": min(model.block_size, MAX_TOKENS)}
         plain = {name: s.default for name, s in self.settings().items() if name not in MODEL_FIELDS}
-        return {**plain, **own, **TASK_DEFAULTS[self.task.task], **{n: getattr(self.task, n) for n in ("task", "init")}}
+        chosen = {n: getattr(self.task, n) for n in ("task", "init")}
+        return {**plain, **own, **_all_defaults(self.task.task, has_adapter=self.lora.lora_rank is not None), **chosen}
 
 
 def _task_defaults(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,4 +159,9 @@ def _task_defaults(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
     replaced = {
         name for names in ALTERNATIVES if any(given.get(other) is not None for other in names) for name in names
     }
-    return {name: value for name, value in TASK_DEFAULTS[task].items() if name not in replaced}
+    defaults = _all_defaults(task, has_adapter=given.get("lora_rank") is not None)
+    return {name: value for name, value in defaults.items() if name not in replaced}
+
+
+def _all_defaults(task: str, *, has_adapter: bool) -> Mapping[str, Any]:
+    return {**TASK_DEFAULTS[task], **(lora_settings.DEFAULTS if has_adapter else {})}

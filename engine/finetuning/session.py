@@ -20,16 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from peakgpt.engine.data.run_layout import saved_steps
+from peakgpt.engine.checkpoint.adapters.files import AdapterFiles
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.finetuning.config import VALIDATION_SHARE, FinetuneConfig
 from peakgpt.engine.finetuning.example_batches import ExampleBatches
 from peakgpt.engine.finetuning.example_validation import ExampleValidator
 from peakgpt.engine.finetuning.examples import Examples, write_examples
+from peakgpt.engine.finetuning.initial_model import adapter_sizes, initial_model, resumed_model
 from peakgpt.engine.finetuning.rows import Row, read_rows
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.tasks.catalogue import TASKS
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.lora import has_adapters
 from peakgpt.engine.run_session import Reporter, RunSession, check_extension
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.figures import bytes_text
@@ -73,7 +75,7 @@ def check_resources(config: FinetuneConfig, device: torch.device, reporter: Repo
         ValueError: a package is missing, or the run does not fit into the memory.
     """
     require_packages(config.metrics)
-    predicted, available = refuse_what_cannot_fit(config.model_config(), config.train, device)
+    predicted, available = refuse_what_cannot_fit(config.model_config(), config.train, device, adapter_sizes(config))
     reporter.say(f"memory: about {predicted}; {bytes_text(available)} available")
 
 
@@ -116,7 +118,7 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
         sets = ExampleSets.open(config, folder.tokens)
         state = json.loads((folder.tokens / STATE).read_text(encoding="utf-8"))
         task = TASKS[config.task.task](config, Tokenizer.load(folder.tokens), state)
-        loop = build_loop(task, sets, empty_model(config) if saved_steps(path) else initial_model(config), device)
+        loop = build_loop(task, sets, resumed_model(config, path), device)
         checkpoints = _checkpoints(folder, loop, task)
         planned = planned_steps(saved, sets), loop.trainer.steps
 
@@ -176,21 +178,6 @@ def split_rows(config: FinetuneConfig, rows: Sequence[Row]) -> tuple[list[Row], 
     return train, held_out
 
 
-def initial_model(config: FinetuneConfig) -> GPT:
-    """Return the checkpoint's model, with the rates of the run. Its weights are copies: the files may change."""
-    source = GPT.from_pretrained(config.task.init, dequantize=True)
-    model = empty_model(config)
-    model.load_state_dict(source.state_dict())
-    model.source_files = source.source_files
-    return model
-
-
-def empty_model(config: FinetuneConfig) -> GPT:
-    """Return the model with random weights; the seed is also that of dropout."""
-    torch.manual_seed(config.train.seed)
-    return GPT(config.model_config())
-
-
 def build_loop(task: Task, sets: ExampleSets, gpt: GPT, device: torch.device) -> TrainingLoop:
     """Return the training loop over the run's examples, with its held-out sets."""
     config = task.config
@@ -219,7 +206,9 @@ def model_size(loop: TrainingLoop) -> str:
 
 
 def _checkpoints(folder: RunFolder, loop: TrainingLoop, task: Task) -> CheckpointManager:
-    return CheckpointManager(folder, loop, task.files(loop.trainer.model), task.config.checkpoint)
+    model = loop.trainer.model
+    files = AdapterFiles(model, task.tokenizer) if has_adapters(model) else task.files(model)
+    return CheckpointManager(folder, loop, files, task.config.checkpoint)
 
 
 def _file(tokens: Path, stem: str) -> Path:

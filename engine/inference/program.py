@@ -37,6 +37,8 @@ def objection(model: Transformer) -> str | None:
     """Why the program does not support a model; None if it does."""
     if change := change_of(model):
         return f"supports plain modules only: {change}"
+    if model.adapters:
+        return f"supports no adapters that are not merged, got {', '.join(model.adapters)}"
     config, weight = model.config, model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"

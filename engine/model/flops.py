@@ -2,6 +2,8 @@
 
     forward  = 2 N + 4 H D sum_l S_l      training = 3 forward = 6 N + 12 L H D T      FLOPs per token
 
+A weight that does not train needs no gradient of its own, so 4 instead of 6. Those of adapters are added to N.
+
 An FMA counts as 2, the backward pass as twice the forward. D is the paper's Q. S_l is the number of keys of layer l:
 the sequence length T (full T^2 attention), or the window if it is shorter. Chowdhery et al. 2022, "PaLM",
 arXiv:2204.02311, appendix B. N counts the weights that multiply: not the position embedding, and the token embedding
@@ -11,6 +13,8 @@ used for MFU.
 """
 
 from __future__ import annotations
+
+from torch import nn
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.norms import BLOCK_NORMS
@@ -94,9 +98,36 @@ def _keys(tokens: int, window: int, causal: bool) -> float:
     return window - window * (window - 1) / (2 * tokens) if causal else window
 
 
-def training_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:
-    """Return the model FLOPs per token of a forward and backward pass over sequences of `tokens` tokens."""
-    return 3 * forward_flops(config, tokens, causal=causal)
+def training_flops(
+    config: GPTConfig, tokens: int, *, causal: bool = False, frozen: int = 0, added: int = 0
+) -> float:  # fmt: skip
+    """Return the model FLOPs per token of a forward and backward pass over sequences of `tokens` tokens.
+
+    Args:
+        config: of the model.
+        tokens: T.
+        causal: count only the unmasked half of the attention.
+        frozen: number of the N weights that do not train.
+        added: number of weights that multiply in addition to N, and train: those of adapters.
+    """
+    return 3 * (forward_flops(config, tokens, causal=causal) + 2 * added) - 2 * frozen
+
+
+def trained_weights(model: nn.Module) -> dict[str, int]:
+    """Return `frozen` and `added` of `training_flops` for the parameters of a model that require gradients.
+
+    Args:
+        model: a Transformer, or a module with the parameters of one, and its `config`.
+    """
+    config, added, trained = model.config, 0, 0
+    lookups = ("wpe.weight",) if config.tied_head else ("wpe.weight", "wte.weight")
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name:
+            added += parameter.numel()
+        elif parameter.requires_grad and not name.endswith(lookups):
+            per_token, of = (config.experts_per_token, config.experts) if ".mlp.experts." in name else (1, 1)
+            trained += parameter.numel() * per_token // of
+    return {"frozen": max(multiplying_parameters(config) - trained, 0), "added": added}
 
 
 def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool = False) -> float:

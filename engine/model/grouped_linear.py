@@ -42,7 +42,7 @@ class GroupedFormat:
 
 @fusable
 class GroupedLinear(QuantizedLinear):
-    """A linear layer for inference whose weight has scales and offsets of groups."""
+    """A linear layer whose weight, which is frozen, has scales and offsets of groups."""
 
     def __init__(
         self, q: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, inputs: int, form: GroupedFormat,

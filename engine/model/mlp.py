@@ -56,13 +56,14 @@ class GELUMLP(ModuleWithConv1D):
         fp8 = self.fp8 and self.training
         if not fp8 and (parameters := _plain(self.c_fc, self.c_proj)):
             return mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
-        if is_plain(self.c_fc, QuantizedLinear):
-            return run_linear(self.c_proj, self.c_fc(x, self.activation))
         return _unfused(self, x, fp8_linear if fp8 else linear)
 
     def by_layers(self, x: Tensor, product: Product) -> Tensor:
         """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
-        h = ACTIVATIONS[self.activation](run_linear(self.c_fc, x, product))
+        if is_plain(self.c_fc, QuantizedLinear):
+            h = self.c_fc(x, self.activation)
+        else:
+            h = ACTIVATIONS[self.activation](run_linear(self.c_fc, x, product))
         return run_linear(self.c_proj, h, product)
 
 
@@ -101,15 +102,16 @@ class GatedMLP(ModuleWithAliases):
         """Map x, (..., C), to (..., C)."""
         if parameters := _plain(self.c_gate, self.c_fc, self.c_proj):
             return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
-        if is_plain(self.c_gate, QuantizedLinear):
-            other = UPS.get(self.activation)
-            up = run_linear(self.c_fc, x) if other is None else self.c_fc(x, other)
-            return run_linear(self.c_proj, self.c_gate(x, self.activation) * up)
         return _unfused(self, x, linear)
 
     def by_layers(self, x: Tensor, product: Product) -> Tensor:
         """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
-        hidden = gated(self.activation, run_linear(self.c_gate, x, product), run_linear(self.c_fc, x, product))
+        if is_plain(self.c_gate, QuantizedLinear):
+            other = UPS.get(self.activation)
+            up = run_linear(self.c_fc, x) if other is None else self.c_fc(x, other)
+            hidden = self.c_gate(x, self.activation) * up
+        else:
+            hidden = gated(self.activation, run_linear(self.c_gate, x, product), run_linear(self.c_fc, x, product))
         return run_linear(self.c_proj, hidden, product)
 
 

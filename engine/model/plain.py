@@ -146,13 +146,18 @@ def _addresses(modules: Sequence[nn.Module]) -> list[int]:
     return [t.data_ptr() for t in tensors if t is not None]
 
 
+def _active(modules: Sequence[nn.Module]) -> list[str]:
+    """Return which adapter each layer with adapters has active (engine/model/lora.py)."""
+    return [active for module in modules if (active := module.__dict__.get("active")) is not None]
+
+
 class Snapshot:
     """The modules and weights of a model at one time: whether what was built from it then still stands for it."""
 
     def __init__(self, model: nn.Module):
         """The model is not kept alive."""
         self.change, self._model, modules = change_of(model), weakref.ref(model), walk(model)
-        self._modules = [weakref.ref(module) for module in modules]
+        self._modules, self._active = [weakref.ref(module) for module in modules], _active(modules)
         self._addresses = [] if self.change else _addresses(modules)
 
     @property
@@ -171,5 +176,7 @@ class Snapshot:
             return True
         modules = walk(model)
         if [ref() for ref in self._modules] != modules or (self.change is None) != (change_of(model) is None):
+            return False
+        if self._active != _active(modules):
             return False
         return self.change is not None or self._addresses == _addresses(modules)

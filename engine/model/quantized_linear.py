@@ -1,4 +1,4 @@
-"""Linear layers whose weights have 8 or 4 bits."""
+"""Linear layers whose weights have 8 or 4 bits. The weights are constants: gradients pass through them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Format:
 
 
 class _WithoutGradients(torch.autograd.Function):
-    """A loss whose backward raises the reason why it has no gradients."""
+    """A loss whose backward raises the reason why nothing has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, anchor: Tensor, reason: str) -> Tensor:
@@ -53,22 +53,25 @@ class _WithoutGradients(torch.autograd.Function):
 
 
 def explain_backward(model: nn.Module, loss: Tensor) -> Tensor:
-    """Return a loss without gradients so that its backward says why, if quantized weights are the reason."""
+    """Return a loss without gradients so that its backward says why, if quantized weights may be the reason."""
     reason = None if torch.compiler.is_compiling() else _obstacle(model, "backward")
     return loss if reason is None else _WithoutGradients.apply(loss, torch.ones((), requires_grad=True), reason)
 
 
 def refuse_quantized(model: nn.Module, who: str) -> None:
-    """Raise ValueError if a model that is to be trained has quantized weights."""
+    """Raise ValueError if a model that is to be trained has quantized weights and no parameter that requires grad."""
     if (reason := _obstacle(model, who)) is not None:
         raise ValueError(reason)
 
 
 def _obstacle(model: nn.Module, who: str) -> str | None:
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return None
     name = next((name for name, module in model.named_modules() if isinstance(module, _Quantized)), None)
     return name and (
-        f"{who}: got quantized weights, such as {name}, which have no gradients, expected floats: load the model with "
-        "dequantize=True, or the checkpoint that `peakgpt quantize` read"
+        f"{who}: got quantized weights, such as {name}, which have no gradients, and no parameter that requires grad, "
+        "expected adapters or other parameters to train, or floats: load the model with dequantize=True, or the "
+        "checkpoint that `peakgpt quantize` read"
     )
 
 
@@ -90,7 +93,7 @@ class _Quantized(nn.Module):
 
 @fusable
 class QuantizedLinear(_Quantized):
-    """A linear layer for inference whose weight has 8 or 4 bits."""
+    """A linear layer whose weight has 8 or 4 bits. The weight is frozen; gradients of the input pass through it."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
         """

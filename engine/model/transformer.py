@@ -21,6 +21,7 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.experts import balance_loss
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
+from peakgpt.engine.model.lora import LoraConfig
 from peakgpt.engine.model.norms import make_norm
 from peakgpt.engine.model.plain import FORWARDS, fusable, has_own_call, is_plain, is_plain_embedding, run_linear
 from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions, packed_positions
@@ -44,6 +45,9 @@ class Transformer(ModuleWithConv1D):
         super().__init__()
         self.config, self.fp8 = config, False
         self.source_files: Mapping[str, Mapping[str, Any]] = {}  # JSON files of the folder that it was loaded from
+        self.name_or_path, self.revision = "", None  # what it was loaded from: the base model of its adapters
+        self.adapters: dict[str, LoraConfig] = {}  # by name; engine/model/lora.py
+        self.active_adapter: str | None = None
         device = torch.get_default_device()
         with torch.device("meta"), _SkipInit():  # torch's own initialization takes seconds for GPT-2 and is overwritten
             self.transformer = nn.ModuleDict(_modules(config))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, write_model
-from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
+from peakgpt.engine.model.flops import mfu, recomputed_flops, trained_weights, training_flops
 from peakgpt.engine.model.positions import refuse_relative_positions
 from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.figures import significant
@@ -163,7 +163,7 @@ class TrainingLoop:
             self.parts["validation"] = validator
         self._delayed = DelayedMetrics(trainer.device)
         self._describe: Callable[[dict[str, Any], int], str] | None = getattr(batches, "describe", None)
-        self.flops_per_token = training_flops(model_config, config.tokens)
+        self.flops_per_token = training_flops(model_config, config.tokens, **trained_weights(trainer.model))
         self.recomputed_flops_per_token = recomputed_flops(model_config, config.tokens, config.recompute)
         self.peak_flops_s = peak_flops_s(trainer.device, config.dtype) if report_mfu else None
         self._peak_measurements = 1

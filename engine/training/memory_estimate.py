@@ -62,18 +62,34 @@ class MemoryEstimate:
         return f"{bytes_text(self.total)} ({parts})"
 
 
-def estimate_memory(model: GPTConfig, config: TrainConfig, device: torch.device | str) -> MemoryEstimate:
-    """Predict the memory that training takes in addition to that of the process."""
+@dataclass(frozen=True)
+class AdapterSizes:
+    """What a run with an adapter has instead of weights that train.
+
+    Args:
+        trained: number of the adapter's weights.
+        frozen_bytes: of the base model's weights, which may be quantized.
+    """
+
+    trained: int
+    frozen_bytes: int
+
+
+def estimate_memory(
+    model: GPTConfig, config: TrainConfig, device: torch.device | str, adapter: AdapterSizes | None = None
+) -> MemoryEstimate:
+    """Predict the memory that training takes in addition to that of the process; `adapter` if only that trains."""
     kind, size = torch.device(device).type, config.dtype.itemsize
-    parameters = parameter_count(model)
+    parameters = parameter_count(model) if adapter is None else adapter.trained
+    frozen = 0 if adapter is None else adapter.frozen_bytes
     tokens = (config.micro_batch or config.batch) * config.tokens
     moments = parameters * 8 - (matrix_count(model) * 4 if config.optimizer == "muon" else 0)
-    layers = list(_saved_widths(model, config.recompute))
+    layers = list(_saved_widths(model, config.recompute, by_layers=adapter is not None))
     rows = min(tokens, LOGITS_ROWS) if kind == "cpu" else tokens
     imports = CHECKPOINT_IMPORT_BYTES if kind == "cpu" and parse(config.recompute)[0] == "block" else 0
     return MemoryEstimate(
         state={
-            "weights": parameters * size,
+            "weights": parameters * size + frozen,
             "gradients": parameters * size,
             "optimizer": moments + parameters * (2 if config.dtype == torch.bfloat16 else 0),
             "average": parameters * 4 if config.ema_decay is not None else 0,
@@ -84,7 +100,7 @@ def estimate_memory(model: GPTConfig, config: TrainConfig, device: torch.device 
         step={
             # 3 C: the embedding, the input of the head and its gradient.
             "activations": tokens * size * (sum(layers) + 3 * model.n_embd),
-            "one more layer": tokens * size * max(_saved_widths(model, "none")),
+            "one more layer": tokens * size * max(_saved_widths(model, "none", by_layers=adapter is not None)),
             "orthogonal update": _orthogonal_bytes(model, config, kind) if config.optimizer == "muon" else 0,
             "logits": min(rows * model.vocab_size * size, LOGITS_BYTES[kind]),
         },
@@ -101,13 +117,16 @@ def _orthogonal_bytes(model: GPTConfig, config: TrainConfig, kind: str) -> int:
     return (together + 3 * min(together, BATCH_ELEMENTS)) * config.dtype.itemsize
 
 
-def _saved_widths(model: GPTConfig, plan: str) -> Iterator[int]:
-    """Yield the number of values per token that each layer keeps for backward."""
+def _saved_widths(model: GPTConfig, plan: str, *, by_layers: bool) -> Iterator[int]:
+    """Yield the number of values per token that each layer keeps for backward.
+
+    `by_layers`: MLPs run layer by layer, because these have adapters, and keep what is between their layers too.
+    """
     kind, every = parse(plan)
     c, heads = model.n_embd, model.n_head * model.head_dim
     for layer in range(model.n_layer):
         has_experts = model.has_experts(layer)
-        hidden = model.n_inner * (1 + model.gated_mlp)
+        hidden = model.n_inner * (1 + model.gated_mlp) * (1 + by_layers)
         if has_experts:
             hidden = model.experts_per_token * model.expert_inner * (1 + model.gated_experts)
         if kind == "block" and layer % every == 0:
@@ -120,24 +139,28 @@ def _saved_widths(model: GPTConfig, plan: str) -> Iterator[int]:
         yield 2 * c + normed + branches + heads + qkv + hidden * (kind != "mlp")
 
 
-def refuse_what_cannot_fit(model: GPTConfig, config: TrainConfig, device: torch.device) -> tuple[MemoryEstimate, int]:
+def refuse_what_cannot_fit(
+    model: GPTConfig, config: TrainConfig, device: torch.device, adapter: AdapterSizes | None = None
+) -> tuple[MemoryEstimate, int]:
     """Return the estimate and the available bytes.
 
     Raises:
         ValueError: the prediction is higher than what is available; the message says what to change.
     """
-    found, available = estimate_memory(model, config, device), available_bytes(device, with_swap=True)
+    found, available = estimate_memory(model, config, device, adapter), available_bytes(device, with_swap=True)
     if found.total <= available:
         return found, available
     raise ValueError(
         f"memory: this run needs about {bytes_text(found.total)} on {device}, expected at most the "
-        f"{bytes_text(available)} that are available; {_advice(model, config, device, available)}"
+        f"{bytes_text(available)} that are available; {_advice(model, config, device, adapter, available)}"
     )
 
 
-def _advice(model: GPTConfig, config: TrainConfig, device: torch.device, available: int) -> str:
+def _advice(
+    model: GPTConfig, config: TrainConfig, device: torch.device, adapter: AdapterSizes | None, available: int
+) -> str:
     """Say which single changes suffice, else all of them at once; if that is not enough, say so."""
-    sizes = [(estimate_memory(model, smaller, device).total, text) for text, smaller in _smaller(config)]
+    sizes = [(estimate_memory(model, smaller, device, adapter).total, text) for text, smaller in _smaller(config)]
     fitting = {text.split()[0]: (size, text) for size, text in reversed(sizes) if size <= available}
     if fitting:
         return "; ".join(f"{text} needs {bytes_text(size)}" for size, text in reversed(fitting.values()))

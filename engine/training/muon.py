@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.attention import CausalSelfAttention
 from peakgpt.engine.model.experts import ExpertLinear
+from peakgpt.engine.model.lora import cast_frozen, has_adapters
 from peakgpt.engine.training.optimizer import AdamW, Calls, decay_groups
 from peakgpt.engine.training.optimizer_state import MUON, Moments, matrix_tensors
 from peakgpt.engine.training.train_config import TrainConfig
@@ -71,6 +72,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     """Build the optimizer of a training; parameters are cast to config.dtype."""
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "max_norm": config.max_norm,
                "dtype": config.dtype}  # fmt: skip
+    if has_adapters(model):
+        if config.optimizer != "adamw":
+            raise ValueError(f"optimizer is {config.optimizer} for a model with adapters, expected adamw")
+        cast_frozen(model, config.dtype)
     groups = decay_groups(model, config.weight_decay)
     if config.optimizer == "adamw":
         return AdamW(groups, **options)

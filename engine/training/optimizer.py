@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from peakgpt.engine.model.lora import has_adapters
 from peakgpt.engine.training.optimizer_state import (
     ADAMW,
     Moments,
@@ -214,12 +215,18 @@ class AdamW(torch.optim.Optimizer):
         return master_of(parameter, self.state.get(parameter, {}))
 
     def named_masters(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's state dict with float32 masters instead of bfloat16 parameters, each made on request."""
-        owned = {p for group in self.param_groups for p in group["params"]}
+        """Yield the model's state dict with float32 masters instead of bfloat16 parameters, each made on request.
+
+        Of a model with adapters only the tensors that train: the others never change.
+        """
+        owned, only_trained = {p for group in self.param_groups for p in group["params"]}, has_adapters(model)
         parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p in owned}
         for name, tensor in model.state_dict().items():
             parameter = parameters.get(name)
-            yield name, tensor if parameter is None else master_of(parameter, self.state.get(parameter, {}))
+            if parameter is not None:
+                yield name, master_of(parameter, self.state.get(parameter, {}))
+            elif not only_trained:
+                yield name, tensor
 
     def master_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return all of `named_masters`, for a checkpoint."""
@@ -232,7 +239,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a tensor is missing, unexpected or of another shape.
         """
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, strict=not has_adapters(model))
         owned = {p for group in self.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             if parameter in owned and parameter.dtype == torch.bfloat16:
@@ -281,9 +288,11 @@ _state_dict = getattr(torch.optim.Optimizer.state_dict, "__wrapped__", torch.opt
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two parameter groups: matrices and embeddings decay, biases and norms do not.
 
-    Frozen parameters are in them too: the optimizer casts them and keeps their masters, and they have no gradient.
+    Frozen parameters are in them too: the optimizer casts them and keeps their masters, and they have no gradient. A
+    model with adapters keeps no masters of its frozen weights: a run saves its adapter alone.
     """
-    owned = ((n, p) for n, p in model.named_parameters() if p.requires_grad or p.dtype in DTYPES)
+    only_trained = has_adapters(model)
+    owned = ((n, p) for n, p in model.named_parameters() if p.requires_grad or (p.dtype in DTYPES and not only_trained))
     decays = {p: p.dim() >= 2 and not n.endswith("bias") for n, p in owned}
     groups = [
         {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},

@@ -83,7 +83,7 @@ class PeakgptOp(torch.autograd.Function):
         run_forward(op, backend, outputs, saved, tensors, options)
         torch.autograd.graph.increment_version(ctx.accumulated)
         ctx.call, ctx.into = (op, backend, params, needs, len(tensors), len(outputs)), into
-        save_inputs, save_outputs = op.saved_flags(tensors)
+        save_inputs, save_outputs = op.saved_flags(tensors, params)
         ctx.save_for_backward(*_select(tensors, save_inputs), *_select(outputs, save_outputs), *saved)
         return tuple(outputs)
 

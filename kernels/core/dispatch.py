@@ -168,7 +168,7 @@ def op(
         alloc: (*tensors, needs, **params) -> (outputs, saved): new tensors for the results and for what forward saves.
             `needs` has one bool per tensor: whether its gradient is required. This is also the fake implementation.
         typical: values for the parameters that have no default, as in GPT-2 124M.
-        saved_for_backward: names of the inputs and outputs that backward reads, or (*tensors) -> names for this call.
+        saved_for_backward: names of the inputs and outputs that backward reads, or (*tensors, **params) -> names.
         strided: names of the inputs, and of the outputs for their gradients, that backends take with any strides. A
             backend receives all other inputs and gradients contiguous.
         outputs: names of the results.

@@ -15,7 +15,7 @@ from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 _library = torch.library.Library("peakgpt", "DEF")
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", str: "str",
            int | None: "SymInt?", float | None: "float?",
-           tuple[float, float, float]: "float[3]"}  # fmt: skip
+           tuple[float, float, float]: "float[3]", tuple[int, ...] | None: "int[]?"}  # fmt: skip
 
 
 def register(op: OpSpec) -> torch._ops.OpOverload:

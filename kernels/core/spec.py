@@ -103,9 +103,9 @@ class OpSpec:
                 raise TypeError(f"{self.name}: {error}, expected {', '.join(self._names)}") from None
         return tuple(values[n] for n in self.tensor_names), {n: values[n] for n in self.param_names}
 
-    def saved_flags(self, tensors: Tensors) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    def saved_flags(self, tensors: Tensors, params: Params) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """One flag for each input and one for each output of this call: whether backward reads it."""
-        return self._saved_always or self._flags(self._saved(*tensors))
+        return self._saved_always or self._flags(self._saved(*tensors, **params))
 
     def run_eager(self, tensors: Tensors, params: Params) -> Any:
         """Call the eager function with bound arguments."""

@@ -268,7 +268,7 @@ def _alloc_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, needs, n_hea
     return outputs, (*saved, *rotated)
 
 
-def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks):
+def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, **_):
     rotated_only = cos is not None and q_norm is None
     return (*(() if rotated_only else ("qkv",)), "cos", "sin", "cu_seqlens", "q_norm", "k_norm", "sinks", "out")
 

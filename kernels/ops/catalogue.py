@@ -10,6 +10,7 @@ from peakgpt.kernels.ops.experts import experts
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
+from peakgpt.kernels.ops.linear_lora import linear_lora
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.muon import muon
@@ -34,6 +35,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_grouped",
+    "linear_lora",
     "linear_q4",
     "linear_q8",
     "mlp",

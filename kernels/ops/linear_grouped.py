@@ -1,6 +1,7 @@
 """Linear layers whose weights have a scale, and an offset or a zero point, for each group of inputs.
 
-    y = act(Q(x[order]) W^T + b)      Q: round_inputs of kernels/ops/quantize.py
+    y = act(pre)     pre = Q(x[order]) W^T + b     Q: round_inputs of kernels/ops/quantize.py
+    dx[order] = dpre W     dpre = dy act'(pre)     as in kernels/ops/linear_quantized.py
     W = scale * level + offset        as in .gguf files
     W = scale * (level - zero point)  as in checkpoints of GPTQ and AWQ
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op, short_lived
-from peakgpt.kernels.ops.linear_quantized import ACTIVATIONS, outputs
+from peakgpt.kernels.ops.linear_quantized import ACTIVATIONS, cost, outputs, saved_inputs, saved_tensors
 from peakgpt.kernels.ops.mlp import OUTPUT_ACTIVATIONS
 from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, PANEL, dequantize_grouped, round_inputs, unpack_grouped
 
@@ -48,14 +49,9 @@ def _check(x, w, scale, offset, b, order, *, out, bits, group, levels, zero_poin
         raise ValueError(f"{name}: zero_points is True without an offset, expected the zero points as offset")
 
 
-def _cost(x, w, scale, offset=None, b=None, order=None, *, out=None, **_) -> Cost:
-    """2 FLOPs per weight and token. Moves every operand once."""
-    out = outputs(w, b, out)
-    tokens, size = x.numel() // x.shape[-1], x.element_size()
-    groups = scale.numel() * (1 if offset is None else 2) * 2
-    read = w.numel() + groups + (x.numel() + (0 if b is None else out)) * size
-    read += 0 if order is None else order.nbytes
-    return Cost(2 * tokens * x.shape[-1] * out, read + tokens * out * size, 0, 0, tokens * out * size, 0)
+def _cost(x, w, scale, offset=None, b=None, order=None, *, out=None, activation="none", **_) -> Cost:
+    parts = sum(part.nbytes for part in (w, scale, offset, order) if part is not None)
+    return cost(x, parts, b, outputs(w, b, out), activation)
 
 
 def _sample(rows: int = 1024, width: int = 768, out: int = 2304, bits: int = 4, group: int = 32, offset: bool = True,
@@ -71,10 +67,15 @@ def _sample(rows: int = 1024, width: int = 768, out: int = 2304, bits: int = 4, 
 
 
 def _alloc(x, w, scale, offset, b, order, *, needs, out, bits, group, levels, zero_points, activation):
-    return (short_lived(x, *x.shape[:-1], outputs(w, b, out)),), ()
+    out = outputs(w, b, out)
+    return (short_lived(x, *x.shape[:-1], out),), saved_tensors(x, out, needs, activation)
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, strided=("x",), gradient=False)
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc,
+    saved_for_backward=saved_inputs("w", "scale", "offset", "b", "order"), strided=("x",), autocast="lower",
+    autocast_exempt=("scale", "offset"),
+)  # fmt: skip
 def linear_grouped(
     x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None = None, b: Tensor | None = None,
     order: Tensor | None = None, *, out: int | None = None, bits: int = 4, group: int = 32, levels: str = "signed",
@@ -86,7 +87,7 @@ def linear_grouped(
         x: (..., C) float32, bfloat16 or float16.
         w: (ceil(F / 16), ceil(C / 8) * bits / 4, 16, 4) uint8 panels; scale, offset: (ceil(F / 16), ceil(C / group),
             16) float16: as `quantize.pack_grouped` makes them. offset may be None; the scale of 4 bits without an
-            offset may be bfloat16.
+            offset may be bfloat16. Fused backends give no gradient of scale and offset.
         b: (F,) in x's dtype, or None.
         order: (C,) int32, a permutation: column i of the weight multiplies x[..., order[i]]. None: column i, x[..., i].
         out: F. Default: the size of b, else all outputs of the panels.
@@ -96,10 +97,10 @@ def linear_grouped(
         zero_points: offset has zero points: a weight is scale * (level - offset).
         activation: as in linear_q8.
     Returns:
-        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
+        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN. Its gradients are those of an exact x.
     Raises:
         ValueError: shapes, dtypes, devices, the group, the levels or the activation do not fit.
-        NotImplementedError: an input requires grad, or the forced backend does not support the call.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     x = x if order is None else x.index_select(-1, order)
     parts = unpack_grouped(w, scale, offset, outputs(w, b, out), x.shape[-1], bits)

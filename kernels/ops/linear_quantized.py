@@ -1,13 +1,20 @@
 """Linear layers with int8 or 4-bit weights, and inputs that are quantized to int8 at run time.
 
-    y = act(Q(x) W^T + b)      Q and W: kernels/ops/quantize.py
+    y  = act(pre)      pre = Q(x) W^T + b      Q and W: kernels/ops/quantize.py
+    dx = dpre W        dpre = dy act'(pre)     db = sum_rows(dpre)
 
 Q quantizes each block of a row separately: one large input reduces the precision of its block only, and a row's result
 does not depend on other rows. Fused backends multiply integers. The sum of a block is exact, and the blocks are added
 in float32 in a fixed order. llama.cpp's Q8_0 quantizes inputs per block in the same way.
+
+Weights and scales are constants. Q counts as the identity in backward, so dx needs the weight alone: without an
+activation forward saves nothing of x. That is how adapters are trained over frozen weights: Dettmers, Pagnoni,
+Holtzman, Zettlemoyer 2023, "QLoRA", arXiv:2305.14314, section 3. Fused backends decode W in parts, never as a whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +66,39 @@ def outputs(w: Tensor, b: Tensor | None, out: int | None) -> int:
     return out if out is not None else b.shape[0] if b is not None else w.shape[0] * PANEL
 
 
-def _cost(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, outputs: int) -> Cost:
-    """2 FLOPs per weight and token. Moves every operand once."""
+def cost(x: Tensor, weight_bytes: int, b: Tensor | None, outputs: int, activation: str) -> Cost:
+    """2 FLOPs per weight and token, and as many backward. Moves every operand once.
+
+    Args:
+        weight_bytes: of the weight with its scales.
+        outputs: F.
+    """
     tokens, size = x.numel() // x.shape[-1], x.element_size()
-    read = w.numel() + scale.numel() * scale.element_size() + (x.numel() + (0 if b is None else outputs)) * size
-    written = tokens * outputs * size
-    return Cost(2 * tokens * x.shape[-1] * outputs, read + written, 0, 0, written, 0)
+    flops, written = 2 * tokens * x.shape[-1] * outputs, tokens * outputs * size
+    bias = 0 if b is None else outputs * size
+    pre = 0 if activation == "none" else written
+    gradients = x.numel() * size + bias
+    return Cost(
+        flops, weight_bytes + x.numel() * size + bias + written, flops, weight_bytes + written + gradients + 2 * pre,
+        written, gradients + pre,
+    )  # fmt: skip
+
+
+def saved_tensors(x: Tensor, outputs: int, needs: Sequence[bool], activation: str) -> tuple[Tensor, ...]:
+    """Allocate what forward saves: the pre-activation (..., F), or an empty tensor (0, C) with the width of x."""
+    if not any(needs):
+        return ()
+    return (x.new_empty((0, x.shape[-1])) if activation == "none" else x.new_empty((*x.shape[:-1], outputs)),)
+
+
+def input_width(x: Tensor | None, saved: Tensor) -> int:
+    """Return C in backward, from x if it was saved, and from the tensor of `saved_tensors`."""
+    return saved.shape[-1] if x is None else x.shape[-1]
+
+
+def saved_inputs(*names: str) -> Callable[..., tuple[str, ...]]:
+    """Return the `saved_for_backward` of a contract. Only second derivatives through an activation read x."""
+    return lambda *_, activation, **__: names if activation == "none" else ("x", *names)
 
 
 # ---- 8 bits ----
@@ -76,8 +110,8 @@ def _check_8(x, w, scale, b, *, activation):
     _check_scale("linear_q8", x, scale)
 
 
-def _cost_8(x, w, scale, b=None, **_):
-    return _cost(x, w, scale, b, scale.shape[0])
+def _cost_8(x, w, scale, b=None, *, activation="none"):
+    return cost(x, w.nbytes + scale.nbytes, b, scale.shape[0], activation)
 
 
 def _sample_8(rows: int = 1024, width: int = 768, out: int = 2304, **like):
@@ -87,24 +121,27 @@ def _sample_8(rows: int = 1024, width: int = 768, out: int = 2304, **like):
 
 
 def _alloc_8(x, w, scale, b, *, needs, activation):
-    return (short_lived(x, *x.shape[:-1], scale.shape[0]),), ()
+    return (short_lived(x, *x.shape[:-1], scale.shape[0]),), saved_tensors(x, scale.shape[0], needs, activation)
 
 
-@op(cost=_cost_8, sample=_sample_8, check=_check_8, alloc=_alloc_8, strided=("x",), gradient=False)
+@op(
+    cost=_cost_8, sample=_sample_8, check=_check_8, alloc=_alloc_8, saved_for_backward=saved_inputs("w", "scale", "b"),
+    strided=("x",), autocast="lower", autocast_exempt=("scale",),
+)  # fmt: skip
 def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, activation: str = "none") -> Tensor:
     """Multiply the last axis of x, quantized to int8 in blocks of 128, by an int8 weight.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
         w: (ceil(F / 16), ceil(C / 8) * 2, 16, 4) uint8 panels, as `quantize.pack_8` makes them.
-        scale: (F,) float32.
+        scale: (F,) float32. Fused backends give no gradient.
         b: (F,) in x's dtype, or None.
         activation: "none", "gelu_tanh", "gelu_erf", "relu", "silu", "clamped_swiglu" or "clamped_up".
     Returns:
-        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
+        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN. Its gradients are those of an exact x.
     Raises:
         ValueError: shapes, dtypes, devices or the activation do not fit.
-        NotImplementedError: an input requires grad, or the forced backend does not support the call.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     weight = dequantize_8(unpack_8(w, scale.shape[0], x.shape[-1]), scale)
     return _activated(F.linear(round_inputs(x, BLOCK), weight.to(x.dtype), b), activation)
@@ -120,8 +157,8 @@ def _check_4(x, w, scale, b, *, out, group, activation):
     _check_scale("linear_q4", x, scale)
 
 
-def _cost_4(x, w, scale, b=None, *, out=None, **_):
-    return _cost(x, w, scale, b, outputs(w, b, out))
+def _cost_4(x, w, scale, b=None, *, out=None, activation="none", **_):
+    return cost(x, w.nbytes + scale.nbytes, b, outputs(w, b, out), activation)
 
 
 def _sample_4(rows: int = 1024, width: int = 768, out: int = 2304, group: int = 64, **like):
@@ -132,10 +169,14 @@ def _sample_4(rows: int = 1024, width: int = 768, out: int = 2304, group: int = 
 
 
 def _alloc_4(x, w, scale, b, *, needs, out, group, activation):
-    return (short_lived(x, *x.shape[:-1], outputs(w, b, out)),), ()
+    out = outputs(w, b, out)
+    return (short_lived(x, *x.shape[:-1], out),), saved_tensors(x, out, needs, activation)
 
 
-@op(cost=_cost_4, sample=_sample_4, check=_check_4, alloc=_alloc_4, strided=("x",), gradient=False)
+@op(
+    cost=_cost_4, sample=_sample_4, check=_check_4, alloc=_alloc_4, saved_for_backward=saved_inputs("w", "scale", "b"),
+    strided=("x",), autocast="lower", autocast_exempt=("scale",),
+)  # fmt: skip
 def linear_q4(
     x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, out: int | None = None, group: int = 64,
     activation: str = "none",
@@ -145,16 +186,16 @@ def linear_q4(
     Args:
         x: (..., C) float32, bfloat16 or float16.
         w: (ceil(F / 16), ceil(C / 8), 16, 4) uint8 panels; scale: (ceil(F / 16), ceil(C / group), 16) bfloat16: as
-            `quantize.pack_4` makes them.
+            `quantize.pack_4` makes them. Fused backends give no gradient of scale.
         b: (F,) in x's dtype, or None.
         out: F. Default: the size of b, else all outputs of the panels.
         group: number of neighboring inputs that share a scale: 32, 64 or 128.
         activation: "none", "gelu_tanh", "gelu_erf", "relu", "silu", "clamped_swiglu" or "clamped_up".
     Returns:
-        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
+        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN. Its gradients are those of an exact x.
     Raises:
         ValueError: shapes, dtypes, devices, the group or the activation do not fit.
-        NotImplementedError: an input requires grad, or the forced backend does not support the call.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     width = x.shape[-1]
     weight = dequantize_4(*unpack_4(w, scale, outputs(w, b, out), width), width, group)

@@ -5,6 +5,7 @@
 #include "buffer.h"
 #include "gemm/gemm.h"
 #include "gemm/quantized.h"
+#include "gemm/quantized_backward.h"
 
 namespace peak::test {
 namespace {
@@ -169,6 +170,76 @@ PEAK_TEST(quantized_product_equals_double_precision) {
   });
 }
 
+// dx = dpre W, in the order of x. With 1100 outputs the sum over them has more than one block.
+PEAK_TEST(quantized_backward_equals_double_precision) {
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    for (const int kind : {8, 4, 80, 40, 43, 141, 180}) {
+      const bool zero_points = kind > 100;
+      const int form = kind % 100, bits = form > 8 ? form / 10 : form, levels = form > 8 ? form % 10 : -1;
+      for (const Sizes s : {Sizes{1, 1, 1}, Sizes{2, 7, 15}, Sizes{5, 33, 17}, Sizes{9, 65, 48}, Sizes{17, 130, 33},
+                            Sizes{3, 24, 1100}}) {
+        for (int placement = 0; placement < kPlacements; ++placement) {
+          const int64_t block = levels >= 0 ? 8 << placement : bits == 8 ? 128 : 32 << placement % 3;
+          SetCase("backward kind %d %s rows %lld k %lld n %lld placement %d", kind, kName<T>,
+                  static_cast<long long>(s.rows), static_cast<long long>(s.k), static_cast<long long>(s.n), placement);
+          Random random(s.n + placement);
+          Placer place(placement);
+          const Weight weight(bits, s.n, s.k, block, place, random, levels, zero_points);
+          auto dpre = place.In<T>(s.rows * s.n);
+          auto dx = place.Out<T>(s.rows * s.k), unordered = place.Out<T>(s.rows * s.k);
+          dpre.FillNormal(random);
+          QuantizedBackwardArgs args{};
+          static_cast<QuantizedMatrix&>(args) = weight.Times(static_cast<const T*>(nullptr), 0, dx.data());
+          args.rows = s.rows, args.dpre = dpre.data(), args.dx = dx.data(), args.unordered = unordered.data();
+          QuantizedBackward(args, 1 + placement % 3);
+          for (int64_t at = 0; at < s.rows * s.k; ++at) {
+            const int64_t i = at / s.k, p = at % s.k;
+            Want want{0.0, 0.0};
+            for (int64_t j = 0; j < s.n; ++j) {
+              const double product = dpre.At(i * s.n + j) * Widen(Narrow<T>(weight.values[j * s.k + p]));
+              want.value += product, want.slack += 8.0 * std::fabs(dpre.At(i * s.n + j)) * weight.sizes[j * s.k + p];
+            }
+            const int64_t to = i * s.k + (zero_points ? weight.order[p] : p);
+            if (!Near("dx", to, dx[to], want)) return;
+          }
+        }
+      }
+    }
+  });
+}
+
+PEAK_TEST(activation_backward_is_the_slope_of_the_activation) {
+  constexpr int64_t kCount = 100;
+  constexpr double kStep = 1e-5;
+  Random random(5);
+  Placer place(1);
+  auto pre = place.In<float>(kCount), dy = place.In<float>(kCount), dpre = place.Out<float>(kCount);
+  pre.FillNormal(random, 0.0, 4.0);
+  dy.FillNormal(random);
+  const auto value = [](Activation activation, double v) {
+    const double u = std::sqrt(2.0 / M_PI) * (v + 0.044715 * v * v * v), low = std::min(v, 7.0);
+    switch (activation) {
+      case Activation::kGeluTanh: return v / (1.0 + std::exp(-2.0 * u));
+      case Activation::kGeluErf: return v * 0.5 * std::erfc(-v / std::sqrt(2.0));
+      case Activation::kRelu: return std::max(v, 0.0);
+      case Activation::kSilu: return v / (1.0 + std::exp(-v));
+      case Activation::kClampedSwiglu: return low / (1.0 + std::exp(-1.702 * low));
+      default: return std::max(-7.0, low) + 1.0;
+    }
+  };
+  for (int kind = 0; kind <= static_cast<int>(Activation::kClampedUp); ++kind) {
+    SetCase("activation %d", kind);
+    const Activation activation = static_cast<Activation>(kind);
+    ActivationBackward({DType::kFloat32, kCount, kind, dy.data(), pre.data(), dpre.data()}, 2);
+    dpre.Expect("dpre", [&](int64_t i) -> Want {
+      const double v = pre.At(i);
+      const double slope = (value(activation, v + kStep) - value(activation, v - kStep)) / (2.0 * kStep);
+      return {dy.At(i) * slope, 64.0 * std::fabs(dy.At(i)) * (1.0 + std::fabs(v))};
+    });
+  }
+}
+
 // A row has the same bits in a product of any number of rows: tiles of 1, 2, 4 and 8 rows, 4 bits unpacked or not.
 PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
   constexpr int64_t kRows = 45, kK = 200, kN = 70;
@@ -269,6 +340,23 @@ std::vector<char> Call(int bits, int64_t rows, int threads) {
   y.Append(bytes);
   return bytes;
 }
+template <class T>
+std::vector<char> CallBackward(int bits, int64_t rows, int threads) {
+  Random random(bits);
+  Placer place(0);
+  const Weight weight(bits, 150, 200, bits == 8 ? 128 : 64, place, random);
+  auto dpre = place.In<T>(rows * 150), dx = place.Out<T>(rows * 200);
+  dpre.FillNormal(random);
+  QuantizedBackwardArgs args{};
+  static_cast<QuantizedMatrix&>(args) = weight.Times(static_cast<const T*>(nullptr), 0, dx.data());
+  args.rows = rows, args.dpre = dpre.data(), args.dx = dx.data();
+  QuantizedBackward(args, threads);
+  std::vector<char> bytes;
+  dx.Append(bytes);
+  return bytes;
+}
+PEAK_KERNEL(quantized_8_backward) { return CallBackward<float>(8, 43, threads); }
+PEAK_KERNEL(quantized_4_backward) { return CallBackward<bf16>(4, 43, threads); }
 PEAK_KERNEL(quantized_8_one_row) { return Call<float>(8, 1, threads); }
 PEAK_KERNEL(quantized_8) { return Call<bf16>(8, 43, threads); }
 PEAK_KERNEL(quantized_4_one_row) { return Call<bf16>(4, 1, threads); }

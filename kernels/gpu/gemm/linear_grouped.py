@@ -13,7 +13,6 @@ number of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,18 +21,13 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.gemm.activation import activate, up_factor
+from peakgpt.kernels.gpu.gemm.grouped_levels import GroupedTile, decoded_levels, level_constants
+from peakgpt.kernels.gpu.gemm.linear_grouped_backward import gradients
 from peakgpt.kernels.gpu.launch import AotCase, Tile
-from peakgpt.kernels.ops.quantize import LEVEL_TABLES, PANEL
+from peakgpt.kernels.ops.linear_quantized import input_width
+from peakgpt.kernels.ops.quantize import PANEL
 
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedTile(Tile):
-    """Each step covers SLICES groups of inputs; BLOCK_N is a multiple of the panels' 16 outputs."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-
-
+NO_GRADIENT = ("scale", "offset")
 GROUPS = (16, 32, 64, 128)
 SLICES = 4
 FEW_ROWS = 16
@@ -81,25 +75,6 @@ def linear_grouped_round(
         tl.store(total_ptr + row * G + g, scale * tl.sum(q, 1), mask=g < G)
 
 
-@triton.jit
-def _levels(words, BITS: tl.constexpr, LEVELS: tl.constexpr):
-    """Unpack words (SLICES, LINES, N) of panels to levels (SLICES, inputs, N), bfloat16, in the order of the inputs."""
-    if BITS == 8:
-        shift = tl.arange(0, 4) * 8
-        q = (words[:, :, None, :] >> shift[None, None, :, None]) & 255
-    else:
-        s = tl.arange(0, 8)  # the lower halves of 4 bytes, then the upper halves
-        q = (words[:, :, None, :] >> (s % 4 * 8 + s // 4 * 4)[None, None, :, None]) & 15
-    q = tl.reshape(q, [q.shape[0], q.shape[1] * q.shape[2], q.shape[3]])
-    if len(LEVELS) == 1:
-        level = q + LEVELS[0]
-    else:
-        level = tl.full(q.shape, LEVELS[0], tl.int32)
-        for i in tl.static_range(1, 16):
-            level = tl.where(q == i, LEVELS[i], level)
-    return level.to(tl.bfloat16)
-
-
 @triton.jit(do_not_specialize=("M",))
 def linear_grouped_fwd(
     q_ptr,
@@ -110,6 +85,7 @@ def linear_grouped_fwd(
     offset_ptr,
     b_ptr,
     y_ptr,
+    pre_ptr,
     M,
     N,
     G,
@@ -123,7 +99,7 @@ def linear_grouped_fwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute a tile of y; w_ptr has words of 4 bytes, (panels, lines, 16). LEVELS: see `_table`."""
+    """Compute a tile of y; w_ptr has words of 4 bytes, (panels, lines, 16). LEVELS: see `level_constants`."""
     LINES: tl.constexpr = GROUP * BITS // 32
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -142,7 +118,7 @@ def linear_grouped_fwd(
         step = g[:, None] * LINES + line[None, :]
         live_w = (step < lines)[:, :, None] & live_n[None, None, :]
         words = tl.load(w_at + step[:, :, None] * _PANEL, mask=live_w, other=0)
-        sums = tl.dot(q, _levels(words, BITS, LEVELS), input_precision="ieee")
+        sums = tl.dot(q, decoded_levels(words, BITS, LEVELS), input_precision="ieee")
         live_s = (g < G)[:, None] & live_n[None, :]
         scale = tl.load(scale_ptr + s_at + g[:, None] * _PANEL, mask=live_s, other=0.0).to(tl.float32)
         x_scale = tl.load(x_scale_ptr + row + g[:, None], mask=live, other=0.0)
@@ -156,11 +132,13 @@ def linear_grouped_fwd(
     y = tl.sum(acc, 0)
     if b_ptr is not None:
         y += tl.load(b_ptr + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    if pre_ptr is not None:
+        tl.store(pre_ptr + at, y.to(pre_ptr.dtype.element_ty), mask=(m < M)[:, None] & live_n[None, :])
     if ACT == "clamped_up":
         y = up_factor(y, "clamped_swiglu")
     elif ACT is not None:
         y, _ = activate(y, ACT)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & live_n[None, :])
 
 
@@ -172,6 +150,7 @@ def objection(x: Tensor, w: Tensor, scale: Tensor, *_, group: int = 32, **__) ->
 
 def forward(outputs, saved, x, w, scale, offset, b, order, *, out, bits, group, levels, zero_points, activation):
     y, x = outputs[0], launch.as_rows(x)
+    pre = saved[0] if saved and activation != "none" else None
     (rows, width), outs, groups = x.shape, y.shape[-1], scale.shape[1]
     if not y.numel():
         return
@@ -186,16 +165,19 @@ def forward(outputs, saved, x, w, scale, offset, b, order, *, out, bits, group, 
         )  # fmt: skip
         linear_grouped_fwd[(triton.cdiv(outs, tile.BLOCK_N), triton.cdiv(rows, tile.BLOCK_M))](
             q_ptr=q, x_scale_ptr=x_scale, total_ptr=totals, w_ptr=w.view(torch.int32), scale_ptr=scale,
-            offset_ptr=offset, b_ptr=b, y_ptr=y, M=rows, N=outs, G=groups, lines=w.shape[1], BITS=bits,
-            LEVELS=_table(bits, levels), GROUP=group, ZERO_POINTS=zero_points, **_sizes(tile),
+            offset_ptr=offset, b_ptr=b, y_ptr=y, pre_ptr=pre, M=rows, N=outs, G=groups, lines=w.shape[1], BITS=bits,
+            LEVELS=level_constants(bits, levels), GROUP=group, ZERO_POINTS=zero_points, **_sizes(tile),
             ACT=None if activation == "none" else activation, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
-def _table(bits: int, levels: str) -> tuple[int, ...]:
-    """Return the levels of the indices 0 to 15; of evenly spaced ones, and of 8 bits, only the first."""
-    values = (-128,) if bits == 8 else LEVEL_TABLES[levels]
-    return values[:1] if values == tuple(range(values[0], values[0] + len(values))) else values
+def backward(grads, inputs, outputs, saved, needs, *, out, bits, group, levels, zero_points, activation):
+    x, w, scale, offset, _, order = inputs
+    dx, db = gradients(
+        grads[0], input_width(x, saved[0]), saved[0], w, scale, offset, order, (needs[0], needs[4]), bits=bits,
+        group=group, levels=levels, zero_points=zero_points, activation=activation,
+    )  # fmt: skip
+    return dx, None, None, None, db, None
 
 
 def _sizes(tile: GroupedTile) -> dict[str, int]:
@@ -207,13 +189,13 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     types = {"q_ptr": "*bf16", "x_scale_ptr": "*fp32", "total_ptr": "*fp32", "w_ptr": "*i32", "scale_ptr": "*fp16",
              "offset_ptr": "*fp16"}  # fmt: skip
     for label, bits, levels, group, act, absent in (
-        ("4 bits by 128", 4, "signed", 128, None, ("b_ptr",)),
+        ("4 bits by 128", 4, "signed", 128, None, ("b_ptr", "pre_ptr")),
         ("4 bits by 32", 4, "unsigned", 32, "silu", ()),
-        ("8 bits by 32", 8, "signed", 32, None, ("offset_ptr", "total_ptr")),
-        ("fp4 by 32", 4, "fp4", 32, None, ("offset_ptr", "total_ptr")),
+        ("8 bits by 32", 8, "signed", 32, None, ("offset_ptr", "total_ptr", "pre_ptr")),
+        ("fp4 by 32", 4, "fp4", 32, None, ("offset_ptr", "total_ptr", "pre_ptr")),
     ):
         for name, tile in TILES.items():
-            given = {"BITS": bits, "LEVELS": _table(bits, levels), "GROUP": group, "ZERO_POINTS": group == 128,
+            given = {"BITS": bits, "LEVELS": level_constants(bits, levels), "GROUP": group, "ZERO_POINTS": group == 128,
                      "ACT": act, **dict.fromkeys(absent)}  # fmt: skip
             yield launch.case(linear_grouped_fwd, f"bf16 {name}, {label}", tile, "bf16", {**given, **_sizes(tile)},
                               matmul=True, narrow=True, hot=label == "4 bits by 128", **types)  # fmt: skip

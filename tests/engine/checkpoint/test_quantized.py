@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from peakgpt.bench.check import FLOOR
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint.quantized.folder import write_quantized
 from peakgpt.engine.checkpoint.quantized.weights import quantize_state
@@ -179,7 +180,7 @@ def plant_block_length(monkeypatch, count):
     """Plant a bug that both tests below must detect: a block length that depends on count(x)."""
     real = cpu_q8.multiply
 
-    def planted(bits, out, x, w, scale, b, block, activation):
+    def planted(bits, out, x, w, scale, b, block, activation, saved=()):
         real(bits, out, x, w, scale, b, 64 if bits == 8 and count(x) > 4 else block, activation)
 
     for module in (cpu_q8, cpu_q4):
@@ -216,10 +217,57 @@ def test_quantized_products_have_the_same_bits_for_any_threads(form, rows, threa
         assert not same(by_threads()), "the check does not detect the planted bug"
 
 
-def test_quantized_products_refuse_a_gradient():
-    call, _ = packed(torch.randn(33, 40), Format(8))
-    with pytest.raises(NotImplementedError, match="linear_q8: an input requires grad"):
-        call(torch.randn(2, 40, requires_grad=True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_input_gradient_is_the_product_with_the_dequantized_weight(isa, form, dtype):
+    """For fewer and more rows than a tile, outputs around a panel, and more outputs than a block of the sum has.
+
+    Mutations that make it fail: the lower half of each byte read twice; scales of the first group for all groups.
+    """
+    for rows, out, width in ((1, 33, 40), (19, 15, 300), (70, 2500, 83)):
+        call, exact = packed(torch.randn(out, width), form)
+        x = torch.randn(rows, width).to(dtype).requires_grad_()
+        b, dy = torch.randn(out).to(dtype).requires_grad_(), torch.randn(rows, out).to(dtype)
+        dx, db = torch.autograd.grad(call(x, b), (x, b), dy)
+        torchs = (dy @ exact.to(dtype), dy.sum(0))
+        for ours, theirs, truth in zip((dx, db), torchs, (dy.double() @ exact, dy.double().sum(0)), strict=True):
+            limit = 2 * (theirs - truth).abs().max() + FLOOR[dtype] * truth.abs().max()
+            assert ours.dtype == dtype and (ours - truth).abs().max() <= limit, (rows, out, width)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_input_gradient_has_the_same_bits_in_any_batch_and_for_any_threads(isa, form, threads):
+    call, _ = packed(torch.randn(300, 200), form)
+    x, dy = torch.randn(45, 200, requires_grad=True), torch.randn(45, 300)
+
+    def gradient(rows=slice(None)):
+        part = x[rows].detach().requires_grad_()
+        return torch.autograd.grad(call(part), part, dy[rows])[0]
+
+    results = [gradient(), torch.cat([gradient(slice(i, i + 9)) for i in range(0, 45, 9)])]
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(gradient())
+    assert same(results)
+
+
+def test_forward_saves_no_tensor_of_the_inputs_size_for_backward():
+    """QLoRA's memory: backward needs the weight alone, and with an activation also its input."""
+    call, _ = packed(torch.randn(33, 40), Format(4))
+    y = call(torch.randn(500, 40, requires_grad=True))
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+    assert sum(t.nbytes for t in saved) < 40 * 33
+
+
+def test_a_gradient_of_the_scale_takes_the_eager_function():
+    w, x = quantize_8(torch.randn(33, 40)), torch.randn(5, 40)
+    scale = w[1].clone().requires_grad_()
+    assert linear_q8.explain(x, pack_8(w[0]), scale)["cpu"] == "has no gradient for scale yet"
+    y = linear_q8(x, pack_8(w[0]), scale)
+    dy = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, scale, dy)
+    expected = (dy.double() * (round_inputs(x, 128).double() @ w[0].double().t())).sum(0)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 # ---- models ----

@@ -91,7 +91,7 @@ CASES = [
 ]  # fmt: skip
 IDS = [f"{name}-{n}" for n, (name, *_) in enumerate(CASES)]
 # Their values must ascend or differ.
-NOT_EXPANDED = {"cu_seqlens", "cu_queries", "slots"}
+NOT_EXPANDED = {"cu_seqlens", "cu_queries", "slots", "order"}
 REFUSED = {"adamw", "muon", "cache_store", "attention_decode"}
 
 

@@ -1,0 +1,1 @@
+"""Adapters: which layers they are for, and their folders in PEFT's format."""

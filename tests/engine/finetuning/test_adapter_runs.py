@@ -1,0 +1,88 @@
+"""`peakgpt finetune` with LoRA: the run saves the adapter alone, continues to the bit, and is read as an adapter."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sft_data import checkpoint, conversations, write_lines
+
+from peakgpt.cli import main
+from peakgpt.engine.checkpoint.adapters.attach import SavedAdapter
+from peakgpt.engine.gpt import GPT
+
+FLAGS = ["--lora-rank", "3", "--lora-targets", "all-linear", "--lora-dropout", "0.1", "--steps", "4", "--batch", "2",
+         "--tokens", "256", "--save-every", "2", "--validate-every", "4", "--lr", "0.01"]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [{"messages": messages} for messages in conversations()])
+    return checkpoint(tmp_path / "base"), data
+
+
+def finetune(init, data, out, *more):
+    return main(["finetune", "--task", "sft", "--init", str(init), "--data", data, "--out", str(out), *FLAGS, *more])
+
+
+def adapter_of(run, step):
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "adapter_model.safetensors")
+
+
+def losses_of(run):
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_saves_its_adapter_and_continues_to_the_bit(dtype, files, tmp_path, capsys):
+    init, data = files
+    run = tmp_path / "run"
+    assert finetune(init, data, run, "--dtype", dtype) == 0, capsys.readouterr().err
+    assert "are trained" in capsys.readouterr().out
+    step = run / "checkpoints" / "step-00000004"
+    assert not (step / "model.safetensors").exists()
+    content = json.loads((step / "adapter_config.json").read_text())
+    assert (content["base_model_name_or_path"], content["r"], content["lora_alpha"]) == (init, 3, 16.0)
+    assert not same(adapter_of(run, 2), adapter_of(run, 4))
+
+    again = tmp_path / "again"
+    shutil.copytree(run, again, symlinks=True)
+    shutil.rmtree(again / "checkpoints" / step.name)
+    assert main(["finetune", "--resume", str(again)]) == 0, capsys.readouterr().err
+    assert same(adapter_of(again, 4), adapter_of(run, 4))
+    assert losses_of(again) == losses_of(run)
+
+    model = GPT.from_pretrained(run)
+    assert same(SavedAdapter(model, None).tensors(model.state_dict()), adapter_of(run, 4))
+    assert main(["generate", str(run), "-p", "What is", "-n", "3", "--temperature", "0"]) == 0
+    assert main(["verify", str(run)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lora-targets", "typo"], "target_modules: got 'typo', expected the end of a name of a linear layer"),
+        (["--optimizer", "muon"], "lora_rank: got it with optimizer muon, expected it only with optimizer adamw"),
+        (["--lora-rank", "0"], "is 0, expected at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(more, message, files, tmp_path, capsys):
+    assert finetune(*files, tmp_path / "run", *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_without_a_rank_and_adapters_as_init_are_refused(files, tmp_path, capsys):
+    init, data = files
+    command = ["finetune", "--task", "sft", "--init", init, "--data", data, "--lora-alpha", "3"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "lora_alpha: got it with lora_rank none, expected it only with lora_rank set" in capsys.readouterr().err
+    assert finetune(init, data, tmp_path / "run") == 0
+    capsys.readouterr()
+    assert finetune(tmp_path / "run", data, tmp_path / "other") == 2
+    assert "an adapter, expected a model with lora_rank" in capsys.readouterr().err
