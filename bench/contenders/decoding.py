@@ -67,18 +67,19 @@ def _ours(group: int, folder: Path, config: GPTConfig, ids: Tensor, workload: Wo
             sequences[output.request_id] += output.token_ids
         return torch.tensor(list(sequences.values()))
 
-    step = _step_of(lambda: PagedDecoder(make_executor(model, blocks), len(ids)))
-    return GreedyDecoder(run, lambda text: logits_by_steps(step, ids, text))
+    make_decoder = lambda: PagedDecoder(make_executor(model, blocks), len(ids))  # noqa: E731
+    return GreedyDecoder(run, lambda text: logits_by_steps(_step_of(make_decoder), ids, text))
 
 
 def _step_of(make_decoder: Callable[[], Decoder]) -> Step:
-    """Return the step of a new decoder for each text."""
+    """Return the step of a decoder, of a new one for each text."""
     decoder = None
 
     @torch.inference_mode()
     def step(rows: Tensor, past: int) -> Tensor:
         nonlocal decoder
         if past == 0:
+            decoder = None  # frees its cache first
             decoder = make_decoder()
         return decoder.step(rows)
 
@@ -133,8 +134,9 @@ def reference_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload
     """Decode by an eager model in float32, which computes the logits of texts in one pass."""
     if is_gpt2(config):
         model = EagerGPT(config).eval()
-        model.load_state_dict(float32_state(folder))
-        return GreedyDecoder(eager_decoder(folder, config, ids, workload, weights).run, _whole_text(model, ids))
+        model.load_state_dict(float32_state(folder), assign=True)
+        run = lambda: model.generate(ids, workload.tokens)[:, workload.prompt :]  # noqa: E731
+        return GreedyDecoder(run, _whole_text(model, ids))
     model = computing_in_float32(transformers_model(folder, torch.bfloat16))
     return GreedyDecoder(_generate(model, ids, workload).run, _whole_text(lambda rows: model(rows).logits, ids))
 
