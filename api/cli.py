@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
     "finetune": "adapt a checkpoint to a task, with examples of it",
+    "predict": "labels of examples, by a checkpoint that finetune adapted to them",
     "verify": "check every file of a run against its digests",
     "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
@@ -40,7 +41,7 @@ COMMANDS = {
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
 HEARTBEATS = {
     **dict.fromkeys(("quickstart", "prepare", "train", "finetune", "bench"), "stdout"),
-    **dict.fromkeys(("quantize", "export", "evaluate", "score", "aot", "dedup", "contamination"), "stderr"),
+    **dict.fromkeys(("quantize", "export", "evaluate", "predict", "score", "aot", "dedup", "contamination"), "stderr"),
 }
 
 

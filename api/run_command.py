@@ -112,6 +112,8 @@ def train(session: RunSession, output: Output) -> int:
                   f"{loop.validator.best_step}; a higher --patience goes on")  # fmt: skip
     if loop.finished:
         output.say(f"checkpoint: {step_folder(folder.path, loop.trainer.steps_done)}")
+        for line in session.finish():
+            output.say(line)
     else:
         output.say(f"\nstopped after {loop.trainer.steps_done} steps; continue with: "
                   f"peakgpt {config.COMMAND} --resume {folder.path}")  # fmt: skip

@@ -51,12 +51,17 @@ class Reporter:
 
 @dataclass(frozen=True)
 class RunSession:
-    """A run that is ready to train. Close `checkpoints`, then `folder`, at the end."""
+    """A run that is ready to train. Close `checkpoints`, then `folder`, at the end.
+
+    Args:
+        finish: called after the last step and the last save; returns lines to print.
+    """
 
     config: RunSettings
     folder: RunFolder
     loop: TrainingLoop
     checkpoints: CheckpointManager
+    finish: Callable[[], Sequence[str]] = tuple
 
 
 def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:

@@ -1,10 +1,11 @@
-"""peakgpt generate: stream the continuation of a prompt, then print tokens per second."""
+"""peakgpt generate: stream the continuation of a prompt, or an answer to it, then print tokens per second."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peakgpt.engine.checkpoint.adapters.attach import merge_floats
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", help="file with the prompt: text, or JSON with examples (docs/inference.md)")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is a message of a user, in the checkpoint's chat template; print the answer")
+    parser.add_argument("--system", metavar="TEXT", help="the system message before it, with --chat")
     options = parser.add_argument_group(
         "how tokens are chosen", "A flag wins over the checkpoint's generation_config.json. If that file says nothing "
         f"about sampling, the temperature is {SAMPLING['temperature']} and top-k is {SAMPLING['top_k']}."
@@ -61,12 +65,18 @@ def run(args: argparse.Namespace) -> int:
     given = {name: value for name in CHOOSING if (value := getattr(args, name)) is not None}
     if args.temperature == 0:
         _refuse_sampling(args, "--temperature 0")
+    if not args.chat:
+        refuse_ignored(args, ("system",), "without --chat, expected both")
     SamplingParams(**{**given, "top_k": args.top_k or None}, stop=args.stop)  # raises before the model is loaded
     device = choose_device(args.device)
     load = lambda source: GPT.from_pretrained(source, dtype=best_dtype(device), merge_adapter=True).to(device)  # noqa: E731
     prompt, stops = read_prompt(args.file) if args.file is not None else (args.prompt, ())
     source = locate(args.checkpoint, MODEL_FILES)
-    model, tokenizer = load(source), Tokenizer.load(source)
+    tokenizer = Tokenizer.load(source)
+    messages = _messages(args.system, prompt) if args.chat else ()
+    if messages:
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # raises before the model is loaded
+    model = load(source)
     if args.adapter is not None:
         model.load_adapter(args.adapter)
         merge_floats(model)
@@ -78,8 +88,13 @@ def run(args: argparse.Namespace) -> int:
         _refuse_sampling(args, "do_sample false in generation_config.json")
     stops = (*stops, *args.stop) or model.generation_config.stop_strings
     stream_text(model, tokenizer, prompt, max_tokens=args.max_tokens, stop=stops, speculation=speculation,
-                cache=args.kv_cache_dtype, **sampling)  # fmt: skip
+                cache=args.kv_cache_dtype, messages=messages, **sampling)  # fmt: skip
     return 0
+
+
+def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def _refuse_sampling(args: argparse.Namespace, reason: str) -> None:
@@ -96,12 +111,18 @@ def _sampling(model: GPT, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int | None = None,
-                speculation: Speculation | None = None, cache: str | None = None, **sampling) -> str:  # fmt: skip
+                speculation: Speculation | None = None, cache: str | None = None,
+                messages: Sequence[Mapping[str, str]] = (), **sampling) -> str:  # fmt: skip
     """Print the prompt and each new token as it is decoded, then tokens per second. Returns prompt and continuation.
 
-    Without max_tokens the checkpoint says how long the text is.
+    Without max_tokens the checkpoint says how long the text is. With messages the prompt is their chat template, and
+    the answer alone is printed and returned.
     """
-    ids = tokenizer.encode(prompt)
+    if messages:
+        prompt = ""
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("prompt: got no token, expected text")
     free = model.config.block_size - len(ids)

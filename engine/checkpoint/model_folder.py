@@ -23,7 +23,6 @@ from peakgpt.engine.checkpoint.folder import (
     INDEX,
     PICKLE,
     PICKLE_INDEX,
-    QUANTIZATION,
     QUANTIZED,
     WEIGHTS,
     read_json,
@@ -235,6 +234,7 @@ def to_layout(
 def write_model_files(
     folder: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: TokenizerFiles | None,
     source_files: Mapping[str, Mapping[str, Any]], max_bytes: int | None = None,
+    fields: Mapping[str, Any] = NO_FILES,
 ) -> None:  # fmt: skip
     """Write the files of a model into an empty folder.
 
@@ -242,21 +242,22 @@ def write_model_files(
         folder: not flushed to the disk.
         tensors: of `to_layout`.
         config, tokenizer, source_files, max_bytes: as in `write_model`.
+        fields: of config.json, in addition to those of the model.
     Raises:
         OSError: a file cannot be written.
     """
-    write_description(folder, config, next(iter(tensors.values())).dtype, tokenizer, source_files)
+    write_description(folder, config, next(iter(tensors.values())).dtype, tokenizer, source_files, fields)
     _write_shards(folder, _split_into_shards(tensors, max_bytes))
 
 
 def write_description(
     folder: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: TokenizerFiles | None,
-    source_files: Mapping[str, Mapping[str, Any]], quantization: Mapping[str, Any] | None = None,
+    source_files: Mapping[str, Mapping[str, Any]], fields: Mapping[str, Any] = NO_FILES,
 ) -> None:  # fmt: skip
-    """Write config.json, with the quantization_config if it is not None, and the other files that are no weights."""
+    """Write config.json, with further fields, and the other files that are no weights."""
     family = family_of(config, source_files.get(CONFIG))
     for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
-        content = {**content, QUANTIZATION: quantization} if name == CONFIG and quantization else content
+        content = {**content, **fields} if name == CONFIG else content
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

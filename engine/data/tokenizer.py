@@ -32,7 +32,7 @@ from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.split_tokens import splitting_copy
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
-from peakgpt.engine.data.tokenizer_files import WANTED, read_folder, tokenizer_folder
+from peakgpt.engine.data.tokenizer_files import GENERIC_CLASS, WANTED, read_folder, tokenizer_folder
 from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATE, CHAT_TEMPLATES, CONFIG, TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -136,6 +136,15 @@ class Tokenizer:
         library = self._splitting_library if split_special_tokens else self.library
         encodings = call(library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Encode texts, with nothing around them, as `encode_batch` does with split_special_tokens.
+
+        Returns:
+            The ids of each text, and the characters of the text that each token stands for, (start, end).
+        """
+        encodings = call(self._splitting_library.encode_batch, list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     @property
     def _splitting_library(self) -> tokenizers.Tokenizer:
@@ -270,6 +279,21 @@ class Tokenizer:
         for name, content in self._side_files.items():
             Path(folder, name).parent.mkdir(exist_ok=True)
             Path(folder, name).write_bytes(content)
+
+    def extended(self, library: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> Tokenizer:
+        """Return a copy with another library, of these words and more, and with further names of special tokens.
+
+        Its files name the class of transformers that takes the library as it is.
+        """
+        named = {**self.chat.special_tokens, **special_tokens}
+        config = {**named, **json.loads(self._side_files.get(CONFIG, b"{}")), **special_tokens}
+        content = json.dumps({**config, "tokenizer_class": GENERIC_CLASS}, indent=2) + "\n"
+        library.encode_special_tokens = self.library.encode_special_tokens  # not in the text of a library
+        return Tokenizer(
+            library, self.end_of_text, {**self._side_files, CONFIG: content.encode()},
+            begin_of_text=named.get("bos_token"), clean_up_tokenization_spaces=self.clean_up_tokenization_spaces,
+            chat=ChatTemplates(self.chat.sources, named),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, source: Path | str, *, revision: str | None = None) -> Tokenizer:

@@ -14,7 +14,8 @@ from peakgpt.engine.data.model_source import NAMES, is_path
 from peakgpt.engine.finetuning import lora_settings
 from peakgpt.engine.finetuning.lora_settings import LoraSettings
 from peakgpt.engine.finetuning.synonyms import FINETUNING
-from peakgpt.engine.finetuning.tasks import sft_config
+from peakgpt.engine.finetuning.tasks import label_config, sft_config
+from peakgpt.engine.finetuning.tasks.label_config import LabelConfig
 from peakgpt.engine.finetuning.tasks.sft_config import SftConfig
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
@@ -33,7 +34,9 @@ from peakgpt.engine.training.validation_config import MetricsConfig, ValidationC
 MAX_TOKENS = 1024  # of an example by default: the activations of longer ones may not fit
 VALIDATION_SHARE = 0.05
 # Values of settings that a task gives instead of their defaults, by the task's name.
-TASK_DEFAULTS: dict[str, Mapping[str, Any]] = {"sft": sft_config.DEFAULTS}
+TASK_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    **dict.fromkeys(label_config.LABEL_TASKS, label_config.DEFAULTS), "sft": sft_config.DEFAULTS,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -45,7 +48,8 @@ class TaskConfig:
     """
 
     task: str | None = setting(
-        None, "what the model learns: sft is supervised fine-tuning, on answers", section="finetune",
+        None, "what the model learns: the tasks of the GPT-1 paper have labels (docs/classification.md); sft is "
+        "supervised fine-tuning, on answers", section="finetune",
         choices=TASK_DEFAULTS,
     )  # fmt: skip
     init: str | None = setting(
@@ -97,7 +101,7 @@ class FinetuneConfig(RunSettings):
     Args:
         task: and the checkpoint.
         fields: all fields of GPTConfig of the checkpoint.
-        data, sft, lora, train, validation, metrics, checkpoint: the other sections.
+        data, labels, sft, lora, train, validation, metrics, checkpoint: the other sections.
     """
 
     COMMAND: ClassVar[str] = "finetune"
@@ -110,6 +114,7 @@ class FinetuneConfig(RunSettings):
     task: TaskConfig
     fields: Mapping[str, Any]
     data: ExampleConfig
+    labels: LabelConfig = field(default_factory=LabelConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainConfig = field(default_factory=TrainConfig)

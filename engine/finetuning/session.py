@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from peakgpt.engine.checkpoint.adapters.files import AdapterFiles
+from peakgpt.engine.data.run_layout import BEST, CHECKPOINTS
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.finetuning.config import VALIDATION_SHARE, FinetuneConfig
 from peakgpt.engine.finetuning.example_batches import ExampleBatches
@@ -95,7 +96,7 @@ def start(config: FinetuneConfig, folder: RunFolder, device: torch.device, repor
         reporter.say(listing(config, loop.trainer.model.config, device))
         reporter.say(model_size(loop))
         write_run_file(folder.root, config, config.model_config())
-    return RunSession(config, folder, loop, _checkpoints(folder, loop, task))
+    return _session(folder, loop, task, sets, _checkpoints(folder, loop, task))
 
 
 def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporter: Reporter) -> RunSession:
@@ -135,7 +136,7 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
     reporter.say(listing(config, loop.trainer.model.config, device))
     reporter.say(model_size(loop))
     reporter.say(f"resumed after step {loop.trainer.steps_done}")
-    return RunSession(config, folder, loop, checkpoints)
+    return _session(folder, loop, task, sets, checkpoints)
 
 
 def prepare_examples(task: Task, tokens: Path, reporter: Reporter) -> ExampleSets:
@@ -203,6 +204,18 @@ def model_size(loop: TrainingLoop) -> str:
     parameters = list(loop.trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return f"model: {sum(parameter.numel() for parameter in parameters):,} parameters, {trained:,} of them are trained"
+
+
+def _session(
+    folder: RunFolder, loop: TrainingLoop, task: Task, sets: ExampleSets, checkpoints: CheckpointManager
+) -> RunSession:  # fmt: skip
+    def finish() -> list[str]:
+        model, best = loop.trainer.model, folder.path / CHECKPOINTS / BEST
+        if best.exists() and (state := checkpoints.files.read(best)) is not None:
+            model.load_state_dict(state, strict=False)  # without the tensors that never change
+        return task.finish(folder.path, model, sets.held_out[HELD_OUT])
+
+    return RunSession(task.config, folder, loop, checkpoints, finish)
 
 
 def _checkpoints(folder: RunFolder, loop: TrainingLoop, task: Task) -> CheckpointManager:

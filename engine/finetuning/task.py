@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -96,6 +97,18 @@ class Task(ABC):
         if prompts := self.config.validation.prompts:
             raise ValueError(f"prompts: got {prompts[0]!r:.40} with task {self.name}, expected them with task sft")
         return Sampler(model, self.config.validation, None, None, 0)
+
+    def finish(self, run: Path, model: nn.Module, examples: Sequence[Example]) -> list[str]:
+        """Write what a run leaves besides its checkpoints, at its end.
+
+        Args:
+            run: its folder.
+            model: with the weights of the best checkpoint.
+            examples: of validation.
+        Returns:
+            Lines to print.
+        """
+        return []
 
     def files(self, model: nn.Module) -> ModelFiles:
         """Return how checkpoints of the model are written and read."""

@@ -111,9 +111,7 @@ class Transformer(ModuleWithConv1D):
         if targets is None:
             return self.compute_logits(h)
         logits = None if self._has_fusable_head else self.compute_logits(h)
-        loss = self._fused_loss(h, targets, loss_weight) if logits is None else self._loss(logits, targets, loss_weight)
-        if not loss.requires_grad and torch.is_grad_enabled():
-            loss = explain_backward(self, loss)
+        loss = self._loss_of(h, logits, targets, loss_weight)
         if balance:
             # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
             share = 1.0 if loss_weight is None else (loss_weight * (targets != IGNORE_INDEX)).sum()
@@ -121,6 +119,17 @@ class Transformer(ModuleWithConv1D):
         if not return_logits:
             return loss
         return loss, self.compute_logits(h) if logits is None else logits
+
+    def compute_loss(self, h: Tensor, targets: Tensor, loss_weight: Tensor | None = None) -> Tensor:
+        """Compute the loss of hidden states, (B, T, C), without balance_loss; see `forward`."""
+        logits = None if self._has_fusable_head else self.compute_logits(h)
+        return self._loss_of(h, logits, targets, loss_weight)
+
+    def _loss_of(self, h: Tensor, logits: Tensor | None, targets: Tensor, weight: Tensor | None) -> Tensor:
+        """Compute the loss of hidden states, or of their logits if the fused loss does not support the head."""
+        loss = self._fused_loss(h, targets, weight) if logits is None else self._loss(logits, targets, weight)
+        is_without_gradients = not loss.requires_grad and torch.is_grad_enabled()
+        return explain_backward(self, loss) if is_without_gradients else loss
 
     def _fused_loss(self, h: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         """Compute the cross entropy of hidden states (B, T, C), in training mode with label smoothing and z-loss."""

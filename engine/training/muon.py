@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peakgpt.engine.model.attention import CausalSelfAttention
 from peakgpt.engine.model.experts import ExpertLinear
 from peakgpt.engine.model.lora import cast_frozen, has_adapters
+from peakgpt.engine.training.layer_depths import depths, split_by_depth
 from peakgpt.engine.training.optimizer import AdamW, Calls, decay_groups
 from peakgpt.engine.training.optimizer_state import MUON, Moments, matrix_tensors
 from peakgpt.engine.training.train_config import TrainConfig
@@ -78,7 +79,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         cast_frozen(model, config.dtype)
     groups = decay_groups(model, config.weight_decay)
     if config.optimizer == "adamw":
-        return AdamW(groups, **options)
+        return AdamW(_with_rates(model, config, groups), **options)
     matrices = block_matrices(model)
     if not matrices:
         raise ValueError("optimizer is muon: got a model without linear layers in blocks, expected adamw")
@@ -89,7 +90,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
               **{name: getattr(config, name) for name in OPTIONS}}  # fmt: skip
     muon_groups = [{**shared, "params": parameters, "split_rows": rows} for rows, parameters in by_rows.items()]
     others = [{**group, "params": [p for p in group["params"] if p not in matrices]} for group in groups]
-    return Muon([*muon_groups, *(group for group in others if group["params"])], **options)
+    groups = [*muon_groups, *(group for group in others if group["params"])]
+    return Muon(_with_rates(model, config, groups), **options)
+
+
+def _with_rates(model: nn.Module, config: TrainConfig, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each layer its learning rate, if they differ."""
+    decay = config.layerwise_lr_decay
+    return groups if decay == 1.0 else split_by_depth(groups, depths(model), config.lr, decay)
 
 
 def block_matrices(model: nn.Module) -> dict[Tensor, tuple[int, ...] | None]:

@@ -56,11 +56,12 @@ class Sampler:
         return ids
 
     def _sample(self, prompt: str, ids: list[int]) -> Sample:
-        config, end = self.config, self.tokenizer.end_id
+        config = self.config
+        ends = {*self.tokenizer.stop_token_ids, *self.model.generation_config.eos_token_id}
         sampling = {"do_sample": True, "temperature": config.sample_temperature, "seed": self.seed}
         new = min(config.sample_tokens, self.model.config.block_size - len(ids))
         out = self.model.generate(
-            torch.tensor([ids], device=next(self.model.parameters()).device), max_new_tokens=new, eos_token_id=end,
-            num_beams=1, **(sampling if config.sample_temperature else {"do_sample": False}),
+            torch.tensor([ids], device=next(self.model.parameters()).device), max_new_tokens=new,
+            eos_token_id=sorted(ends), num_beams=1, **(sampling if config.sample_temperature else {"do_sample": False}),
         )  # fmt: skip
-        return Sample(prompt, self.tokenizer.decode([i for i in out[0, len(ids) :].tolist() if i != end]))
+        return Sample(prompt, self.tokenizer.decode([i for i in out[0, len(ids) :].tolist() if i not in ends]))

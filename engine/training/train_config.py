@@ -116,6 +116,15 @@ class TrainConfig:
         only_with=MUON,
     )  # fmt: skip
     max_norm: float = setting(1.0, "the norm of all gradients is clipped to this", section="optimizer", above=0)
+    layerwise_lr_decay: float = setting(
+        1.0, "factor on the learning rate from each layer to the one below it, down to the embeddings (ULMFiT: 0.385, "
+        "which is 1 / 2.6)", section="optimizer", above=0, at_most=1, metavar="FACTOR",
+    )  # fmt: skip
+    gradual_unfreezing: float = setting(
+        0.0, "share of the training in which layers begin to train one after the other, from the last one to the "
+        "embeddings (ULMFiT); 0: all train from the start", section="optimizer", at_least=0, at_most=1,
+        metavar="SHARE",
+    )  # fmt: skip
     ema_decay: float | None = setting(
         None, "validate and save an exponential moving average of the weights, with this decay",
         section="optimizer", above=0, below=1, metavar="DECAY",

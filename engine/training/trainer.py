@@ -20,6 +20,7 @@ from peakgpt.engine.model.quantized_linear import refuse_quantized
 from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.captured_state import model_state, runs_other_code, settings_of
 from peakgpt.engine.training.gradient_memory import GradientMemory
+from peakgpt.engine.training.layer_depths import GradualUnfreezing
 from peakgpt.engine.training.muon import make_optimizer
 from peakgpt.engine.training.optimizer import AdamW
 from peakgpt.engine.training.schedule import Schedule
@@ -88,6 +89,8 @@ class Trainer:
         # The optimizer takes its float32 master before the parameters are rounded to config.dtype.
         self.optimizer = make_optimizer(model, config)
         self._lrs = [group["lr"] for group in self.optimizer.param_groups]
+        share = config.gradual_unfreezing
+        self.unfreezing = GradualUnfreezing(model, share) if share else None
         self.average = None if config.ema_decay is None else WeightAverage(self.optimizer, config.ema_decay)
         self.optimizer.register_load_state_dict_post_hook(self._set_lr)
         # A tensor on the device: a CUDA graph reads the new value at every replay.
@@ -124,6 +127,8 @@ class Trainer:
             )
         self.lr = self.schedule.lr(self.steps_done, self.steps)
         self.lr_scale.fill_(self.lr / self.config.lr)
+        if self.unfreezing is not None:
+            self.unfreezing.apply(self.steps_done, self.steps)
         if self.average is not None:
             self.average.set_step(self.steps_done)
         self._shapes = [tensor.shape for tensor in batch]

@@ -93,7 +93,7 @@ def write_grouped(
 
     def fill(stage: Path) -> None:
         dtype = next(tensor.dtype for name, tensor in state.items() if name not in own)
-        write_description(stage, model.config, dtype, tokenizer, source_files, quantization)
+        write_description(stage, model.config, dtype, tokenizer, source_files, {QUANTIZATION: quantization})
         write_safetensors(stage / QUANTIZED, state, {"format": "pt"})
 
     replace_files(Path(folder), fill)

@@ -9,13 +9,14 @@ An example of n tokens is n - 1 inputs and their n - 1 targets, of which those o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.checkpoint.source_files import GENERATION_CONFIG
 from peakgpt.engine.data.chat_tokens import assistant_mask
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.template_sandbox import Rendered
@@ -29,6 +30,8 @@ from peakgpt.engine.finetuning.packing import best_fit
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.tasks.sft_config import ALL
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.generation_config import generation_config
 from peakgpt.engine.model.positions import refuse_relative_positions
 from peakgpt.engine.training.figures import percent_text
 from peakgpt.engine.training.samples import Sampler
@@ -45,9 +48,13 @@ class Sft(Task):
         super().__init__(config, tokenizer, state)
         if state is None and config.sft.chat_template is not None:
             self.tokenizer = tokenizer.with_chat_template(read_text(config.sft.chat_template))
+        self.stop_ids: list[int] = (state or {}).get("stop_token_ids", [])
         self.packing = self.fixed_shapes = config.sft.packing
         if self.packing:
             refuse_relative_positions(config.model_config())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stop_token_ids": self.stop_ids}
 
     # ---- rows to examples
 
@@ -79,8 +86,17 @@ class Sft(Task):
         """Return the ids of each text, and which of them have a loss."""
         texts = [chat.text for chat in chats]
         encodings = call(self.tokenizer.library.encode_batch, texts, add_special_tokens=False)  # with offsets
-        return [(encoding.ids, assistant_mask(chat, encoding))
-                for chat, encoding in zip(chats, encodings, strict=True)]  # fmt: skip
+        pairs = [(encoding.ids, assistant_mask(chat, encoding))
+                 for chat, encoding in zip(chats, encodings, strict=True)]  # fmt: skip
+        self.stop_ids = sorted({*self.stop_ids, *self._ends(pairs[:1])})
+        return pairs
+
+    def _ends(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[int]:
+        """Yield the last special token that has a loss: the end of a turn."""
+        special = {token for token, added in self.tokenizer.library.get_added_tokens_decoder().items() if added.special}
+        for ids, mask in pairs:
+            trained = [token for token, has_loss in zip(ids, mask, strict=True) if has_loss]
+            yield from [token for token in trained if token in special][-1:]
 
     def _encode_completions(self, texts: Sequence[Completion]) -> list[tuple[list[int], list[int]]]:
         """Return the ids of each text, and which of them have a loss: those behind what it has in common with the
@@ -140,7 +156,15 @@ class Sft(Task):
             for name, dtype, filler in COLUMNS if name in examples[0]
         )  # fmt: skip
 
-    # ---- evaluation
+    # ---- model
+
+    def model(self, gpt: GPT) -> GPT:
+        """Return the GPT itself; its generation config names what ends a turn, so that a generation stops there."""
+        known = generation_config(gpt).eos_token_id
+        if not {*self.stop_ids} <= {*known, *self.tokenizer.stop_token_ids}:
+            content, ends = gpt.source_files.get(GENERATION_CONFIG, {}), sorted({*known, *self.stop_ids})
+            gpt.source_files = {**gpt.source_files, GENERATION_CONFIG: {**content, "eos_token_id": ends}}
+        return gpt
 
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> SetMetrics:
         losses: list[Tensor] = []
