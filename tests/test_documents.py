@@ -213,6 +213,12 @@ SMALL = {
     "peakgpt prepare web.jsonl.gz": "",
     "peakgpt prepare shakespeare_char": "",
     "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
+    "python examples/protein/grammar.py proteins.fasta": "",
+    "python examples/protein/grammar.py held_out.fasta": "",
+    "peakgpt train --text proteins.fasta": "--steps 2 --batch 2 --tokens 64",
+    "peakgpt generate runs/protein": "--max-tokens 2",
+    "python examples/protein/residue_perplexity.py": "",
+    "peakgpt prepare proteins.fasta": "",
     "peakgpt dedup": "",
     "peakgpt contamination": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
@@ -222,6 +228,7 @@ SMALL = {
     "peakgpt finetune --resume": "",
     "peakgpt finetune --config alpaca": "--epochs 0.5 --batch 2 --micro-batch 1",
     "peakgpt finetune --task sft --init CHECKPOINT --data answers.jsonl --lora-rank": "--steps 2 --batch 2 --tokens 64",
+    "peakgpt finetune --task sft --init base-q4": "--steps 2 --batch 2 --tokens 64",
     "peakgpt generate runs/adapter": "--max-tokens 2",
     "peakgpt verify": "",
     "peakgpt generate runs/mine": "--max-tokens 2",
@@ -244,6 +251,7 @@ SMALL = {
         f"--size rows=4 --size width=8 --size vocab=9 {TINY_OP}",
     "peakgpt aot": "--op layernorm --target sm_90",
     "python examples/occupation_bias.py": "",
+    "python examples/qlora_memory.py": "--preset gpt2 --layers 1 --rank 2 --tokens 8 --steps 1",
 }  # fmt: skip
 GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
 # The beginning of a documented command -> why this test only parses it.
