@@ -46,6 +46,10 @@ class Heartbeat:
             self._written_s = self._clock()
         return count
 
+    def close(self) -> None:
+        """Flush. The standard stream stays open: absl's log handler takes this object for a file, and closes it."""
+        self._stream.flush()
+
     def enter(self, phase: str) -> None:
         """Begin another phase."""
         self._phase, self._phase_s = phase, self._clock()

@@ -25,10 +25,11 @@ KINDS = {
     "gemm": "GPT-2 124M's linear layers with 16-, 8- and 4-bit weights on a CPU",
     "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
     "ops": "every op, forward and backward, versus PyTorch",
+    "finetune": "an update of supervised fine-tuning on a CPU versus TRL",
     "packing": "a training step on packed documents with masked attention versus whole rows",
     "fp8": "training with fp8 GEMMs versus bfloat16: loss and time",
 }
-CPU_KINDS = ("prefill", "neighbours", "load", "serve", "gemm", "memory_bound")
+CPU_KINDS = ("prefill", "neighbours", "load", "serve", "gemm", "memory_bound", "finetune")
 GPU_KINDS = ("fp8",)
 
 # The README's rows in the order of `make bench`: seconds on 2 cores, and the contenders that it leaves out. A case ends

@@ -64,7 +64,7 @@ class TrainCase(TrainingCase):
         yield Work(
             TRAINING_CONTENDERS,
             start=lambda name: starts[name](),
-            first_output=partial(_loss_after, CHECKED_UPDATES),
+            first_output=partial(loss_after, CHECKED_UPDATES),
             expect_correct=lambda name, losses: _expect_same_loss(name, losses, CHECKED_UPDATES, self.recipe.dtype),
         )
 
@@ -73,7 +73,7 @@ class TrainCase(TrainingCase):
         updates = CHECKED_UPDATES if device.type == "cpu" else CHECKED_UPDATES_GPU
         names = self.contenders(device)
         measured = time_contenders(
-            _starts(config, recipe, device, names), partial(_loss_after, updates),
+            _starts(config, recipe, device, names), partial(loss_after, updates),
             lambda name, losses: _expect_same_loss(name, losses, updates, recipe.dtype),
             rounds=self.rounds, warmup=0, device=device, budget_s=self.seconds,
             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure,
@@ -166,7 +166,7 @@ def _starts(
         )
 
 
-def _loss_after(updates: int, name: str, contender: RunningContender) -> float:
+def loss_after(updates: int, name: str, contender: RunningContender) -> float:
     """Make updates and return the last loss."""
     return [float(contender.step()) for _ in range(updates)][-1]
 

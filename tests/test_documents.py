@@ -213,6 +213,12 @@ SMALL = {
     "peakgpt prepare web.jsonl.gz": "",
     "peakgpt prepare shakespeare_char": "",
     "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
+    "python examples/protein/grammar.py proteins.fasta": "",
+    "python examples/protein/grammar.py held_out.fasta": "",
+    "peakgpt train --text proteins.fasta": "--steps 2 --batch 2 --tokens 64",
+    "peakgpt generate runs/protein": "--max-tokens 2",
+    "python examples/protein/residue_perplexity.py": "",
+    "peakgpt prepare proteins.fasta": "",
     "peakgpt dedup": "",
     "peakgpt contamination": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
@@ -220,10 +226,15 @@ SMALL = {
     "peakgpt train --config tiny": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt finetune --task classification": "--steps 2 --batch 2 --tokens 64",
     "peakgpt predict": "",
+    "peakgpt finetune --task sft": "--steps 2 --batch 2",
+    "peakgpt finetune --resume": "",
+    "peakgpt finetune --config alpaca": "--epochs 0.5 --batch 2 --micro-batch 1",
     "peakgpt finetune --task sft --init CHECKPOINT --data answers.jsonl --lora-rank": "--steps 2 --batch 2 --tokens 64",
+    "peakgpt finetune --task sft --init base-q4": "--steps 2 --batch 2 --tokens 64",
     "peakgpt generate runs/adapter": "--max-tokens 2",
     "peakgpt verify": "",
     "peakgpt generate runs/mine": "--max-tokens 2",
+    "peakgpt generate runs/sft/checkpoints/best": "--max-tokens 2",
     "peakgpt generate CHECKPOINT": "--max-tokens 2",
     "peakgpt generate model.gguf": "--max-tokens 2",
     "peakgpt quantize": "",
@@ -242,6 +253,7 @@ SMALL = {
         f"--size rows=4 --size width=8 --size vocab=9 {TINY_OP}",
     "peakgpt aot": "--op layernorm --target sm_90",
     "python examples/occupation_bias.py": "",
+    "python examples/qlora_memory.py": "--preset gpt2 --layers 1 --rank 2 --tokens 8 --steps 1",
 }  # fmt: skip
 GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
 # The beginning of a documented command -> why this test only parses it.
@@ -254,6 +266,7 @@ NOT_RUN = {
     "peakgpt generate openai-community/gpt2": "downloads a model; test_hub.py runs it with a server of this machine",
     "peakgpt bench train": LARGE,
     "peakgpt bench suite": LARGE,
+    "peakgpt bench finetune": LARGE,
     "peakgpt bench patch": LARGE,
     "peakgpt bench prefill": LARGE,
     "peakgpt bench gemm": LARGE,
@@ -315,6 +328,10 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
     (tmp_path / "questions.jsonl").write_text('{"question": "One two three four five six seven eight nine?"}')
+    chat = {"prompt": "What is 2 plus 2?", "completion": "4"}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 4)
+    template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
     torch.manual_seed(0)
     tokenizer = train_tokenizer([text], 300)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=1024, vocab_size=tokenizer.vocab_size)

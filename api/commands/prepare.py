@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-id", type=integer(0), help="the id that ends a document in .bin files, such as 50256")
     parser.add_argument("--field", help="JSON field or Parquet column of the text (default text)")
     parser.add_argument("--errors", choices=ERRORS, help="invalid UTF-8 is refused, or replaced (default strict)")
+    parser.add_argument("--tags", nargs="+", metavar="KEY",
+                        help="annotations of FASTA headers that become control tags before a sequence")  # fmt: skip
     parser.add_argument("--validation", nargs="+", metavar="SOURCE", help="for validation (default: a share)")
     parser.add_argument("--validation-share", type=number(high=0.99),
                         help=f"share of the text for validation (default {VALIDATION_SHARE:g})")  # fmt: skip
@@ -71,7 +73,7 @@ def _prepare_text(args: argparse.Namespace, share: float) -> tuple[TokenShards, 
     if args.tokenizer is not None:
         refuse_ignored(args, ["vocab"], "with --tokenizer, expected one of them")
         tokenizer = Tokenizer.load(args.tokenizer)
-    options = ReadOptions(field=args.field or "text", errors=args.errors or "strict")
+    options = ReadOptions(field=args.field or "text", errors=args.errors or "strict", tags=tuple(args.tags or ()))
     enter_phase("checking the text")
     corpus = load_corpus(args.sources, validation=args.validation, share=share, options=options)
     print(f"corpus: {corpus}")
@@ -84,7 +86,7 @@ def _prepare_text(args: argparse.Namespace, share: float) -> tuple[TokenShards, 
 
 
 def _prepare_tokens(args: argparse.Namespace, share: float) -> tuple[TokenShards, TokenShards]:
-    refuse_ignored(args, ["field", "errors"], "with .bin files, expected it with text only")
+    refuse_ignored(args, ["field", "errors", "tags"], "with .bin files, expected it with text only")
     tokenizer, end_id = None, args.end_id
     if args.tokenizer is not None:
         tokenizer = Tokenizer.load(args.tokenizer)

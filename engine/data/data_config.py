@@ -44,6 +44,10 @@ class DataConfig:
         None, "invalid UTF-8 is refused, or replaced by U+FFFD", section="data", choices=ERRORS, automatic="strict",
         only_with=TEXT,
     )  # fmt: skip
+    tags: tuple[str, ...] | None = setting(
+        None, "annotations of FASTA headers that become control tags before a sequence", section="data", metavar="KEY",
+        automatic="none", only_with=TEXT,
+    )  # fmt: skip
     validation_text: tuple[str, ...] | None = setting(
         None, "text for validation", section="data", metavar="SOURCE", automatic="a share of the text",
         is_path=is_data_path, only_with=TEXT,
@@ -62,4 +66,4 @@ class DataConfig:
     @property
     def options(self) -> ReadOptions:
         """How text is read."""
-        return ReadOptions(field=self.field or "text", errors=self.errors or "strict")
+        return ReadOptions(field=self.field or "text", errors=self.errors or "strict", tags=self.tags or ())

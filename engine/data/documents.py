@@ -1,8 +1,9 @@
-"""Read documents from files: text, JSON lines and Parquet, plain or compressed. The suffix decides how.
+"""Read documents from files: text, JSON lines, Parquet and FASTA, plain or compressed. The suffix decides how.
 
     notes.txt  main.rs.gz      any other suffix: one document a file
     web.jsonl  web.jsonl.zst   one JSON object a line; one of its fields is the text
     web.parquet                one row a document; one of its columns is the text
+    proteins.fasta x.fa.gz     one sequence a document, with control tags in front of it, see fasta.py
 
 Files are read in blocks or records, so memory does not grow with their size.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from peakgpt.engine.data import fasta
 from peakgpt.engine.data.text_file import open_file
 from peakgpt.engine.data.zstd_file import ZstdFile
 
@@ -57,10 +59,12 @@ class ReadOptions:
     Args:
         field: the JSON field or the Parquet column of the text.
         errors: "strict" refuses invalid UTF-8, "replace" writes U+FFFD for it.
+        tags: annotations of FASTA headers that become control tags; texts of other files have none, and are refused.
     """
 
     field: str = "text"
     errors: str = "strict"
+    tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.errors not in ERRORS:
@@ -77,7 +81,17 @@ def read_documents(path: Path, name: str, options: ReadOptions) -> Iterator[Docu
         ValueError: the file is unreadable, not a regular file, truncated, or has other content than its suffix says.
             The message names the line, the row or the byte.
     """
-    return READERS.get(content_suffix(path), _read_text)(path, name, options)
+    suffix = content_suffix(path)
+    if suffix not in fasta.SUFFIXES:
+        refuse_tags(f"text file {path}", options)
+    return READERS.get(suffix, _read_text)(path, name, options)
+
+
+def refuse_tags(place: str, options: ReadOptions) -> None:
+    """Refuse control tags for a source that is not FASTA."""
+    if options.tags:
+        raise ValueError(f"{place}: got it with --tags {' '.join(options.tags)}, expected FASTA files "
+                         f"({', '.join(fasta.SUFFIXES)}), whose headers have annotations")  # fmt: skip
 
 
 def content_suffix(path: Path) -> str:
@@ -226,10 +240,35 @@ def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Docum
         raise ValueError(f"text file {path}: got no rows, expected at least 1")
 
 
+# ---- FASTA
+
+
+def _read_fasta(path: Path, name: str, options: ReadOptions) -> Iterator[Document]:
+    missing, known = set(options.tags), set()
+    for number, header, sequence in fasta.fasta_records(_lines(path, options.errors), f"text file {path}"):
+        found = fasta.annotations(header)
+        missing -= found.keys()
+        known |= found.keys()
+        yield Document.of(f"{name}:{number}", fasta.control_tags(header, options.tags) + sequence)
+    if missing:
+        raise ValueError(f"text file {path}: got no header with {min(missing)!r} of --tags, expected one of its "
+                         f"annotations: {', '.join(sorted(known)) or 'none'}")  # fmt: skip
+
+
+def _lines(path: Path, errors: str) -> Iterator[str]:
+    """Yield the lines of a text, whose whole need not fit into memory."""
+    rest = ""
+    for block in _text_blocks(path, errors):
+        *lines, rest = (rest + block).split("\n")
+        yield from lines
+    yield rest
+
+
 # ---- tables
 
 Reader = Callable[[Path, str, ReadOptions], Iterator[Document]]
-READERS: dict[str, Reader] = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
+READERS: dict[str, Reader] = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet,
+                             **dict.fromkeys(fasta.SUFFIXES, _read_fasta)}  # fmt: skip
 COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": lambda file: cast("BinaryIO", gzip.GzipFile(fileobj=file)),
     ".zst": lambda file: ZstdFile.buffered(file, require("zstandard")),

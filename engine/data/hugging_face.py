@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peakgpt.engine.data.documents import Document, ReadOptions, record_documents, require
+from peakgpt.engine.data.documents import Document, ReadOptions, record_documents, refuse_tags, require
 
 PREFIX = "hf:"
 SAVED = ("state.json", "dataset_dict.json")  # a folder that `Dataset.save_to_disk` wrote has one of them
@@ -25,6 +25,7 @@ class HuggingFaceDataset:
         if len(parts) > 3 or not parts[0]:
             raise ValueError(f"data set: got {name!r}, expected {PREFIX}NAME, {PREFIX}NAME:CONFIG or "
                              f"{PREFIX}NAME:CONFIG:SPLIT")  # fmt: skip
+        refuse_tags(f"data set {name}", options)
         path, config, split = (*parts, "", "")[:3]
         self.name, self.options, self.places = name, options, (name,)
         self.rereadable = Path(path).is_dir()  # each reading of a data set of the hub downloads it

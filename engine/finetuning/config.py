@@ -49,12 +49,13 @@ class TaskConfig:
 
     task: str | None = setting(
         None, "what the model learns: the tasks of the GPT-1 paper have labels (docs/classification.md); sft is "
-        "supervised fine-tuning, on answers", section="finetune",
-        choices=TASK_DEFAULTS,
+        "supervised fine-tuning, on answers", section="finetune", choices=TASK_DEFAULTS,
+        automatic="must be given",
     )  # fmt: skip
     init: str | None = setting(
-        None, f"checkpoint to adapt: {NAMES}", section="finetune", metavar="MODEL", is_path=is_path
-    )
+        None, f"checkpoint to adapt: {NAMES}", section="finetune", metavar="MODEL", is_path=is_path,
+        automatic="must be given",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from peakgpt import run_reporter
 from peakgpt.cli import main
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
 
 # <|im_end|> ends a turn; the checkpoint's end of text does not.
 CHATML = PLAIN.replace("eos_token", "'<|im_end|>'")
@@ -59,6 +64,20 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again():
     assert rows("killed") == rows("whole")
 
 
+def test_a_run_killed_by_sigkill_goes_on_to_the_same_bits(tmp_path):
+    flags = [*RUN, "--steps", "40", "--save-every", "5", "--keep-last", "99"]
+    assert main([*flags, "--out", "whole"]) == 0
+    code = f"import sys; from peakgpt.cli import main; sys.exit(main({[*flags, '--out', 'killed']!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    while not Path("killed/checkpoints/step-00000005").is_dir():
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() in (-signal.SIGKILL, 0)
+    assert main(["finetune", "--resume", "killed"]) == 0
+    assert rows("killed") == rows("whole") and weights("killed", 40) == weights("whole", 40)
+
+
 def test_the_file_of_a_run_begins_it_again(capsys):
     assert main([*RUN, "--epochs", "2", "--packing", "false", "--out", "one"]) == 0
     assert "lr 0.003 (default 2e-05)" in capsys.readouterr().out
@@ -92,9 +111,8 @@ def test_the_model_learns_its_answers_and_to_stop(tmp_path, capsys, template):
     folder = checkpoint(tmp_path / "base", None)
     tokenizer = Tokenizer.load(folder)
     tokenizer.library.add_special_tokens(["<|im_end|>"])
-    GPT(GPT.from_pretrained(folder).config.__class__(**{
-        **GPT.from_pretrained(folder).config.to_dict(), "vocab_size": tokenizer.vocab_size,
-    })).save_pretrained(tmp_path / "base", tokenizer)  # fmt: skip
+    sizes = {**GPT.from_pretrained(folder).config.to_dict(), "vocab_size": tokenizer.vocab_size}
+    GPT(GPTConfig(**sizes)).save_pretrained(folder, tokenizer)
     Path("chat.jinja").write_text(template)
     chat = [{"role": "user", "content": "What is 2 plus 2?"}, {"role": "assistant", "content": "It is 4, of course."}]
     write_lines(Path("one.jsonl"), [{"messages": chat}] * 4)
@@ -108,7 +126,7 @@ def test_the_model_learns_its_answers_and_to_stop(tmp_path, capsys, template):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["finetune", "--init", "model", "--data", "data.jsonl"], "--task: got none, expected one of sft"),
+        (["finetune", "--init", "model", "--data", "data.jsonl"], "--task: got none, expected one of "),
         (["finetune", "--task", "sft", "--data", "data.jsonl"], "--init: got none, expected the checkpoint to adapt"),
         (["finetune", "--task", "sft", "--init", "model"], "--data: got none, expected files of JSON lines"),
         ([*RUN, "--data", "missing.jsonl"], "missing.jsonl"),

@@ -116,7 +116,7 @@ def scores_by_model(folder):
     pytest.importorskip("accelerate", reason="accelerate, which the harness's own model needs, is not installed")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     command = [sys.executable, "-c", EVALUATE, str(folder), *(f"peak_{name}" for name in TASKS)]
-    completed = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120)
+    completed = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=300)
     assert completed.returncode == 0, completed.stderr[-3000:]
     return json.loads((folder / "scores_by_model.json").read_text())
 

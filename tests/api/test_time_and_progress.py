@@ -64,8 +64,10 @@ def test_a_heartbeat_is_a_stream_and_ends_with_its_command(monkeypatch):
         sys.stdout._clock = lambda: 1e9
         sys.stdout.beat()
         assert stream.seen.startswith("text\ntwo: ")
+        kept = sys.stdout
         raise KeyError
-    assert sys.stdout is stream
+    kept.close()  # regression: absl's log handler closed standard error at the end of a command
+    assert sys.stdout is stream and not stream.closed
     enter_phase("three")  # without effect
 
 

@@ -1,4 +1,6 @@
 // Teams of threads: every unit runs once, and no thread waits for a thread.
+#include <time.h>
+
 #include <atomic>
 #include <chrono>
 #include <numeric>
@@ -142,6 +144,32 @@ PEAK_TEST(units_of_a_thread_that_stands_still_run_on_others) {
     }
   });
   Check(in_time, "the units behind one that takes long did not run");
+}
+
+// CPU time of this thread.
+double ThreadSeconds() {
+  timespec time;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+// Thread 0 waits for a unit of thread 1 that takes 200 ms, as if another process had its core.
+PEAK_TEST(a_thread_that_waits_for_a_long_unit_sleeps) {
+  std::atomic<int> members{0}, begun{0};
+  double start = 0.0, used = 0.0;
+  Team::Open(2, [&] {
+    ++members;
+    const int id = Team::Current()->id;
+    if (!WaitUntil([&] { return members == 2; })) return;  // the machine grants one thread
+    ParallelUnits(2, 2, [&](int64_t, int worker) {
+      ++begun;
+      WaitUntil([&] { return begun == 2; });
+      if (worker == 1) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      if (worker == 0) start = ThreadSeconds();
+    });
+    if (id == 0) used = ThreadSeconds() - start;
+  });
+  Check(used < 0.1, "it used its core for %g s", used);
 }
 
 PEAK_TEST(an_exception_of_a_unit_reaches_the_caller) {

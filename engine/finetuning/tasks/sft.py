@@ -26,7 +26,7 @@ from peakgpt.engine.finetuning.answer_masks import common_prefix, render_answers
 from peakgpt.engine.finetuning.config import FinetuneConfig
 from peakgpt.engine.finetuning.conversations import Chat, Completion, read_conversations
 from peakgpt.engine.finetuning.examples import Example
-from peakgpt.engine.finetuning.packing import best_fit
+from peakgpt.engine.finetuning.language_examples import collate, pack
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.tasks.sft_config import ALL
@@ -126,15 +126,7 @@ class Sft(Task):
     # ---- examples to batches
 
     def arrange(self, examples: list[Example]) -> list[Example]:
-        if not self.packing:
-            return examples
-        return [
-            {
-                **{name: np.concatenate([examples[i][name] for i in row]) for name in ("ids", "targets")},
-                "position_ids": np.concatenate([np.arange(self.length(examples[i]), dtype=np.int32) for i in row]),
-            }
-            for row in best_fit([self.length(example) for example in examples], self.config.train.tokens)
-        ]
+        return pack(examples, self.config.train.tokens) if self.packing else examples
 
     def describe(self, examples: Sequence[Example], rows: Sequence[Example]) -> str:
         trained = sum(int((example["targets"] != IGNORE_INDEX).sum()) for example in examples)
@@ -145,16 +137,8 @@ class Sft(Task):
         return f"{text}; packed into {len(rows):,} rows, which are full to {percent_text(share)}"
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
-        """Return ids and targets, (B, T) int64, and of packed rows position_ids, (B, T) int32.
-
-        T is `tokens` for packed rows, else the length of the longest example. Padding is on the right, where no token
-        of an example attends to it. In packed rows each token of it is a document of its own.
-        """
-        fixed = self.config.train.tokens if self.packing else max(map(self.length, examples))
-        return tuple(
-            _padded([example[name] for example in examples], fixed, dtype, filler)
-            for name, dtype, filler in COLUMNS if name in examples[0]
-        )  # fmt: skip
+        """Return ids and targets, and of packed rows position_ids; all packed rows have `tokens` tokens."""
+        return collate(examples, self.config.train.tokens if self.packing else None)
 
     # ---- model
 
@@ -185,18 +169,6 @@ class Sft(Task):
             return self.tokenizer.encode(prompt)
         messages = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-# Arrays of an example, the dtype that the model takes, and what fills them up.
-COLUMNS = (("ids", torch.int64, 0), ("targets", torch.int64, IGNORE_INDEX), ("position_ids", torch.int32, 0))
-
-
-def _padded(arrays: Sequence[np.ndarray], length: int, dtype: torch.dtype, filler: int) -> Tensor:
-    """Return arrays as the rows of a tensor, (B, length)."""
-    rows = torch.full((len(arrays), length), filler, dtype=dtype)
-    for row, array in zip(rows, arrays, strict=True):
-        row[: len(array)] = torch.from_numpy(np.ascontiguousarray(array))
-    return rows
 
 
 def _behind(start: int, ids: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from peakgpt.engine.gpt import GPT
 
 FLAGS = ["--lora-rank", "3", "--lora-targets", "all-linear", "--lora-dropout", "0.1", "--steps", "4", "--batch", "2",
          "--tokens", "256", "--save-every", "2", "--validate-every", "4", "--lr", "0.01"]  # fmt: skip
+IDS = torch.arange(40)[None]
 
 
 @pytest.fixture
@@ -62,6 +63,26 @@ def test_a_run_saves_its_adapter_and_continues_to_the_bit(dtype, files, tmp_path
     assert same(SavedAdapter(model, None).tensors(model.state_dict()), adapter_of(run, 4))
     assert main(["generate", str(run), "-p", "What is", "-n", "3", "--temperature", "0"]) == 0
     assert main(["verify", str(run)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_an_adapter_trains_over_quantized_weights(bits, files, tmp_path, capsys):
+    init, data = files
+    quantized, run = tmp_path / "quantized", tmp_path / "run"
+    assert main(["quantize", init, str(quantized), "--bits", bits]) == 0
+    assert finetune(quantized, data, run, "--recompute", "block") == 0, capsys.readouterr().err
+    rates = losses_of(run)
+    assert rates[-1] < rates[0]
+    model = GPT.from_pretrained(run, merge_adapter=True)
+    assert model.active_adapter == "default", "an adapter of quantized weights stays beside them"
+    before = model(IDS)
+    model.set_adapter(None)
+    assert not torch.allclose(model(IDS), before, atol=1e-4)
+    capsys.readouterr()
+    assert main(["generate", str(run), "-p", "What is", "-n", "3", "--temperature", "0"]) == 0
+    assert "supports no adapters that are not merged, got default" in capsys.readouterr().out
+    assert main(["export", "--format", "safetensors", str(run), str(tmp_path / "out")]) == 2
+    assert "got quantized weights of peakgpt, expected others with dequantize=True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
