@@ -60,29 +60,35 @@ bool ReadsRows(const GemmArgs& args) {
   }
 }
 
-// Packs row panels [begin, end) of a block of a.
-template <class T>
+// Packs row panels [begin, end) of a block of a. kHalves: for the tiles; otherwise a panel has all rows of a skinny product.
+template <class T, bool kHalves>
 void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;
   const int64_t rows = std::min(end * kPanelRows, block.rows) - row;
   const T* a = static_cast<const T*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
-  Pack<T>(a, args.a_row, args.a_k, rows, block.depth, kRowVecs, out + row * slots);
+  out += row * slots;
+  Pack<T, kRowVecs, kHalves>(a, args.a_row, args.a_k, rows, block.depth, out);
   if (args.a_sums == nullptr || block.column > 0) return;
+  constexpr int64_t kWidth = kHalves ? kRows : kPanelRows;
   for (int64_t i = 0; i < rows; i += kLanes) {
-    const float* panel = out + (row + i) / kPanelRows * kPanelRows * slots + i % kPanelRows;
-    AddSlots<T>(panel, slots, kPanelRows, rows - i, block.first, args.a_sums + block.row + row + i);
+    const float* panel = out + i / kPanelRows * kPanelRows * slots + i % kPanelRows;
+    AddSlots<T, kHalves>(panel, slots, kWidth, slots * kWidth, rows - i, block.first, args.a_sums + block.row + row + i);
   }
+}
+template <class T>
+void PackSkinnyRows(const GemmArgs& args, const GemmBlock& block, float* out) {
+  PackRows<T, false>(args, block, 0, 1, out);
 }
 
 // Prepares the same rows for MultiplyPanels.
 template <class T>
 void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
-  if (!ReadsRows<T>(args)) return PackRows<T>(args, block, begin, end, out);
+  if (!ReadsRows<T>(args)) return PackRows<T, kTwoPanels>(args, block, begin, end, out);
   if (args.a_sums == nullptr || block.column > 0) return;
   const int64_t last = block.row + std::min(end * kPanelRows, block.rows);
   const float* a = static_cast<const float*>(args.a) + block.k * args.a_k;
   for (int64_t row = block.row + begin * kPanelRows; row < last; row += kLanes) {
-    AddSlots<float>(a + row, block.depth, args.a_k, last - row, block.first, args.a_sums + row);
+    AddSlots<float, false>(a + row, block.depth, args.a_k, 0, last - row, block.first, args.a_sums + row);
   }
 }
 
@@ -94,7 +100,7 @@ void PackColumns(const GemmArgs& args, const GemmBlock& block, const PanelRange&
     return PackDecoded<T>(*args.weight, block.column + begin, end - begin, block.k, block.depth, out);
   }
   const T* from = static_cast<const T*>(args.b) + (block.column + begin) * args.b_col + block.k * args.b_k;
-  Pack<T>(from, args.b_col, args.b_k, end - begin, block.depth, kColumnVecs, out);
+  Pack<T, kColumnVecs, false>(from, args.b_col, args.b_k, end - begin, block.depth, out);
 }
 
 // Computes the tiles of a part of the rows of a block in a group of columns; b is the group, packed.
@@ -105,7 +111,7 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRan
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
   alignas(64) float tile[kRows * kColumns];
   for (int64_t i = part.begin * kPanelRows; i < std::min(part.end * kPanelRows, block.rows); i += kRows) {
-    TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
+    TileRows left{a + i * slots, 1, kRows};
     if (ReadsRows<T>(args)) {
       const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
       left = {rows, args.a_row, args.a_k};
@@ -203,14 +209,14 @@ int64_t SkinnyScratch(const GemmArgs& args, const GemmTile& tile) {
 
 // Multiplies column panels [begin, end).
 void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int64_t end, float* a, int threads) {
-  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackSkinnyRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
   const int64_t slot = plan.tile.slot, slots = Pieces(args.k, slot);
   // Sums of a row are formed from its first element to its last one.
   const int64_t slots_of_unit = args.a_sums == nullptr ? GrainRows(args.m * slot * SizeOf(args.dtype)) : slots;
   ParallelRanges(slots, std::max<int64_t>(1, slots_of_unit), threads, [&](int64_t first, int64_t last) {
     const int64_t k = first * slot, depth = std::min(last * slot, args.k) - k;
-    pack(args, {0, args.m, begin, args.n, k, depth, first == 0, last == slots}, 0, 1, a + first * plan.tile.rows);
+    pack(args, {0, args.m, begin, args.n, k, depth, first == 0, last == slots}, a + first * plan.tile.rows);
   });
   const int64_t panel_bytes = plan.tile.columns * std::max<int64_t>(1, args.k) * SizeOf(args.dtype);
   const int64_t grain = std::max<int64_t>(1, kSkinnyBytes / panel_bytes);

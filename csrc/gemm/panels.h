@@ -13,9 +13,11 @@ constexpr int kSlot<bf16> = kNativePairs ? 2 : 1;
 constexpr int kColumnVecs = 3;
 constexpr int kRows = kRegisters == 32 ? 8 : 4;
 constexpr int kColumns = kColumnVecs * kLanes;
-// A panel of a has at least a Vec of rows, so that both operands are packed in the same way.
+// Rows of a are packed by whole Vecs: into one panel of kRows, or into two if a Vec has twice as many lanes. Panels of
+// more rows than a tile has would fill the first-level cache with rows that the tile does not read.
 constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
 constexpr int kPanelRows = kRowVecs * kLanes;
+constexpr bool kTwoPanels = kPanelRows == 2 * kRows;
 
 template <class T>
 PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
@@ -36,34 +38,60 @@ PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t lef
   }
 }
 
-// Packs `lanes` <= kLanes rows of an operand, contiguous along k, into out[slot * width + lane].
-template <class T>
-void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+// Where the slots of kLanes rows are packed: slot s is at out + s * width. kHalves: the second half of its lanes is
+// `half` later, in another panel.
+template <bool kHalves>
+struct PackedLanes {
+  float* out;
+  int64_t width, half;
+
+  PEAK_INLINE void Add(Vec slot) {
+    if constexpr (kHalves) {
+      StoreHalves(out, out + half, slot);
+    } else {
+      Store(out, slot);
+    }
+    out += width;
+  }
+};
+
+// Packs `lanes` <= kLanes rows of an operand, contiguous along k.
+template <class T, bool kHalves>
+void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
   constexpr int64_t kStep = kLanes * kSlot<T>;
-  for (int64_t at = 0; at < k; at += kStep) {
-    Vec rows[kLanes];
+  Vec rows[kLanes];
+  int64_t at = 0;
+  if constexpr (kSlot<T> * sizeof(T) == 4) {
+    for (; lanes == kLanes && at + kStep <= k; at += kStep) {
+      LoadTransposed(p + at, stride, rows);
+      for (const Vec& slot : rows) to.Add(slot);
+    }
+  }
+  for (; at < k; at += kStep) {
     for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots(p + i * stride + at, k - at) : Set(0.0f);
     Transpose(rows);
     const int64_t slots = std::min<int64_t>(kLanes, (k - at + kSlot<T> - 1) / kSlot<T>);
-    for (int64_t i = 0; i < slots; ++i, out += width) Store(out, rows[i]);
+    for (int64_t i = 0; i < slots; ++i) to.Add(rows[i]);
   }
 }
 
 // The same for an operand in which the elements of one k are contiguous.
-template <class T>
-void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
-  for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
-    Store(out, GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
-  }
+template <class T, bool kHalves>
+void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
+  for (int64_t at = 0; at < k; at += kSlot<T>) to.Add(GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
 }
 
 // Adds one Vec of rows to sums[lanes], in the order of k. Slots are `width` elements apart; panels are read whole.
-template <class T>
-void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, bool first, float* sums) {
+// kHalves: as in PackedLanes.
+template <class T, bool kHalves>
+void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t half, int64_t lanes, bool first, float* sums) {
   Vec sum = first ? Set(0.0f) : Load(sums, lanes);
   [[maybe_unused]] const bf16 ones[2] = {{0x3f80}, {0x3f80}};
   for (int64_t s = 0; s < slots; ++s, panel += width) {
-    if constexpr (kSlot<T> == 2) {
+    if constexpr (kHalves) {
+      const Vec slot = LoadHalves(panel, panel + half);
+      sum = kSlot<T> == 2 ? DotPairs(sum, AsPairs(slot), SetPair(ones)) : sum + slot;
+    } else if constexpr (kSlot<T> == 2) {
       sum = DotPairs(sum, AsPairs(Load(panel)), SetPair(ones));
     } else {
       sum = sum + Load(panel, lanes);
@@ -72,16 +100,18 @@ void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, b
   Store(sums, sum, lanes);
 }
 
-// Packs rows [0, rows) of an operand as panels of `vecs` Vecs: [panel][slot][lane]. Missing rows are 0.
-template <class T>
-void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
-  const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;
-  for (int64_t row = 0; row < rows; row += width, out += slots * width) {
-    for (int64_t v = 0; v < vecs; ++v) {
+// Packs rows [0, rows) of an operand as panels of kVecs Vecs: [panel][slot][lane]. Missing rows are 0. kHalves: each Vec
+// becomes two panels.
+template <class T, int kVecs, bool kHalves>
+void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, float* out) {
+  constexpr int64_t kWidth = kVecs * kLanes;
+  const int64_t slots = (k + kSlot<T> - 1) / kSlot<T>;
+  for (int64_t row = 0; row < rows; row += kWidth, out += slots * kWidth) {
+    for (int64_t v = 0; v < kVecs; ++v) {
       const int64_t first = row + v * kLanes, lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, rows - first));
       const T* p = static_cast<const T*>(from) + (lanes > 0 ? first * row_stride : 0);
-      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, width, out + v * kLanes)
-                    : PackAcross(p, k_stride, lanes, k, width, out + v * kLanes);
+      const PackedLanes<kHalves> to{out + v * kLanes, kHalves ? kLanes / 2 : kWidth, slots * kLanes / 2};
+      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, to) : PackAcross(p, k_stride, lanes, k, to);
     }
   }
 }

@@ -93,6 +93,8 @@ PEAK_INLINE Vec Pow2(Vec n) {
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
 }
 
+PEAK_INLINE Vec LoadHalves(const float* low, const float* high) { return {_mm256_loadu2_m128(high, low)}; }
+PEAK_INLINE void StoreHalves(float* low, float* high, Vec a) { _mm256_storeu2_m128(high, low, a.v); }
 PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 PEAK_INLINE void StorePairs(bf16* p, Pairs a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 PEAK_INLINE Pairs SetPair(const bf16* p) {

@@ -76,6 +76,13 @@ PEAK_INLINE Vec Select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.v,
 PEAK_INLINE float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PEAK_INLINE float MaxOf(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+PEAK_INLINE Vec LoadHalves(const float* low, const float* high) {
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1)};
+}
+PEAK_INLINE void StoreHalves(float* low, float* high, Vec a) {
+  _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
+  _mm256_storeu_ps(high, _mm512_extractf32x8_ps(a.v, 1));
+}
 PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 PEAK_INLINE void StorePairs(bf16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
 PEAK_INLINE Pairs SetPair(const bf16* p) {

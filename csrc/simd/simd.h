@@ -14,6 +14,7 @@
 //   Exp Erf Exp2 Reciprocal    with the errors stated below
 //   Transpose(rows)            kLanes Vecs as a square matrix, in place
 //   LoadWords(p, n)            n elements, at most kLanes words of four bytes: floats, or pairs of bf16 as in Pairs
+//   LoadHalves(low, high)      half of a Vec from each address; StoreHalves(low, high, v)
 //   LoadTransposed(p, stride, rows)  Transpose of kLanes rows of LoadWords, `stride` elements apart
 //   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
@@ -212,6 +213,18 @@ PEAK_INLINE Pairs LoadPairs(const bf16* p, int64_t n) {
 #endif
 PEAK_INLINE Vec LoadWords(const float* p, int64_t n) { return Load(p, n); }
 PEAK_INLINE Vec LoadWords(const bf16* p, int64_t n) { return AsVec(LoadPairs(p, n)); }
+#if PEAK_ISA == PEAK_SCALAR || PEAK_ISA == PEAK_NEON
+PEAK_INLINE Vec LoadHalves(const float* low, const float* high) {
+  float both[kLanes];
+  for (int i = 0; i < kLanes; ++i) both[i] = i < kLanes / 2 ? low[i] : high[i - kLanes / 2];
+  return Load(both);
+}
+PEAK_INLINE void StoreHalves(float* low, float* high, Vec a) {
+  float both[kLanes];
+  Store(both, a);
+  for (int i = 0; i < kLanes; ++i) (i < kLanes / 2 ? low[i] : high[i - kLanes / 2]) = both[i];
+}
+#endif
 #if PEAK_ISA < PEAK_AVX512 || PEAK_ISA > PEAK_AVX512BF16
 template <class T>
 PEAK_INLINE void LoadTransposed(const T* p, int64_t stride, Vec* rows) {
