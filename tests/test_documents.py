@@ -243,6 +243,7 @@ SMALL = {
     **{f"peakgpt evaluate --task examples/tasks/{name}": "--limit 2" for name in (
         "arithmetic.jsonl", "boolean_expressions.json", "question_answering.jsonl", "sentiment.jsonl",
         "summarization.jsonl", "translation.jsonl")},
+    "peakgpt evaluate --task examples/tasks/sentiment.jsonl runs/mine": "--limit 2 --truncate",  # a context of 16
     "peakgpt evaluate --task examples/tasks/reasoning.jsonl": "--limit 2 --max-tokens 4",
     "peakgpt serve": "--port 0",
     "peakgpt bench packing": "--model gpt2-tiny --batch 1 --tokens 32 --rounds 2",
