@@ -9,6 +9,7 @@ Importing this module registers the model, for programs that call the harness th
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -230,6 +231,7 @@ def _task_result(name: str, output: Mapping[str, Any], seed: int, overlap: Overl
             estimate=estimate or normal_estimate(float(value), float(error) if isinstance(error, Real) else None),
             clean=mean_estimate([float(item) for item in clean], seed) if estimate and clean else None,
         ))  # fmt: skip
+    samples = [json.loads(json.dumps(row, default=utils.handle_non_serializable)) for row in samples]
     count = output["n-samples"][name]["effective"] if name in output["n-samples"] else scores.get("sample_len", 0)
     return TaskResult(name=name, source="lm-eval", count=count, shots=output["n-shot"].get(name, 0),
                       metrics=tuple(metrics), samples=samples, overlap=overlap)  # fmt: skip

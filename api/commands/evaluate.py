@@ -134,8 +134,9 @@ def run(args: argparse.Namespace) -> int:
                 limit=args.limit, chat=args.chat, seed=args.seed, include_path=args.include_path,
                 corpus=_corpus(args) if args.corpus else None,
             )  # fmt: skip
-        write_results(folder, {**vars(args), **asdict(options), "seed": args.seed, "out": folder, "device": device,
-                               "dtype": str(dtype).removeprefix("torch.")}, results)  # fmt: skip
+        resolved = {"seed": options.seed if plans else args.seed, "out": folder, "device": device,
+                    "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        write_results(folder, {**vars(args), **asdict(options), **resolved}, results)
     print(table(results))
     scores = {result.name: {metric.name: metric.estimate.value for metric in result.metrics} for result in results}
     print(dumps({"results": str(folder), "scores": scores}))

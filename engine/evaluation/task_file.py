@@ -105,7 +105,8 @@ def _example(place: str, row: dict[str, Any], choices: Sequence[str]) -> Example
         raise ValueError(f"{place}: got {_shown(row, 'input')}, expected text in the field 'input'")
     if "target" not in row and "target_scores" not in row:
         raise ValueError(f"{place}: got fields {', '.join(row):.200}, expected 'target' or 'target_scores'")
-    targets, scores = (), {}
+    targets: tuple[str, ...] = ()
+    scores: dict[str, float] = {}
     if "target" in row:
         value = row["target"]
         targets = _texts(place, "target", [value] if isinstance(value, str) else value)

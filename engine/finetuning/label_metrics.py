@@ -63,8 +63,10 @@ def class_metrics(predicted: Sequence[int], labels: Sequence[int], classes: int)
 
     truth, guess = np.asarray(labels), np.asarray(predicted)
     f1 = metrics.f1_score(truth, guess, labels=range(classes), average=None, zero_division=0.0)
-    found = {"accuracy": metrics.accuracy_score(truth, guess), "f1_macro": np.mean(f1),
-             "matthews": metrics.matthews_corrcoef(truth, guess)}  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found")  # the coefficient is 0 then
+        matthews = metrics.matthews_corrcoef(truth, guess)
+    found = {"accuracy": metrics.accuracy_score(truth, guess), "f1_macro": np.mean(f1), "matthews": matthews}
     return {name: float(value) for name, value in {**found, **({"f1": f1[1]} if classes == 2 else {})}.items()}
 
 
