@@ -2,7 +2,8 @@
 
 On a CPU each contender has a process of its own, and all of them load the files of one random model. One step decodes
 all streams from the prompt to the end, prefill included. `bytes`, for MBU, count the weights that are used and the KV
-cache, read once for each new token of all streams together.
+cache, read once for each new token of all streams together. Before the timing each contender computes the logits of the
+same random text after each prompt, token by token. `fidelity` compares them with those of float32.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from torch import Tensor
 
 from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.case import Case, joined
-from peakgpt.bench.contenders.contender import REFERENCE, WEIGHT_FORMATS, Workload, contenders_of
+from peakgpt.bench.contenders.contender import REFERENCE, SEED, WEIGHT_FORMATS, Workload, contenders_of
 from peakgpt.bench.contenders.decoding import ALL_DECODERS, DECODING_CONTENDERS
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, is_gpt2
 from peakgpt.bench.contenders.llama_cpp_model import weight_bits
 from peakgpt.bench.contenders.models import expect_family, random_prompts, write_random_model
 from peakgpt.bench.contenders.time_contenders import Work, time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
+from peakgpt.bench.fidelity import Fidelity, positions_of
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.model_choice import add_model_arguments, chosen_model
 from peakgpt.bench.peak_meter import PeakMeter
@@ -89,48 +91,64 @@ class DecodeCase(Case):
                 peaks=PeakMeter(device, memory=True), on_failure=on_failure,
             )  # fmt: skip
             bits = {name: work.weight_bits(name) for name in measured}
+            fidelity = {name: work.fidelity(name) for name in measured}
         return [
             Result.of(
                 m.timing.noted(agreement[name], m.note, contender.version), bench="decode", contender=name,
                 backend=contender.backend, device="cpu", dtype=self.dtype, case=self.sizes,
                 memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
                 bytes=read_bytes(self.config, self.workload, self.dtype), weight_bits=bits[name],
+                fidelity=fidelity[name],
             )
             for name, m in measured.items() for contender in [DECODING_CONTENDERS[name]]
         ]  # fmt: skip
 
     @contextlib.contextmanager
     def work(self) -> Iterator[Work]:
-        """Yield the work, with a random model in a folder and its first tokens in float32."""
+        """Yield the work, with a random model in a folder and its first tokens and the logits of a text in float32."""
         with tempfile.TemporaryDirectory() as files:
             folder = Path(files)
             write_random_model(folder, self.config)
-            expected = self._expected(folder)
+            expected, truth = self._expected(folder)
             yield Work(
                 DECODING_CONTENDERS,
-                start=lambda name: self._start(name, folder),
+                start=lambda name: self._start(name, folder, self.text_tokens),
                 first_output=lambda name, worker: (worker.step(), torch.load(_tokens_file(folder, name)))[1],
                 expect_correct=lambda name, outputs: _expect_equal_start(name, outputs[name], expected, self.dtype),
                 weight_bits=lambda name: weight_bits(DECODING_CONTENDERS[name], folder, self.dtype),
+                fidelity=lambda name: Fidelity.of(torch.load(_logits_file(folder, name)), truth),
             )
 
-    def _expected(self, folder: Path) -> Tensor:
-        """Return the first tokens in float32, from a process that ends before the contenders fill the memory."""
-        short = replace(self.workload, tokens=min(CHECKED_TOKENS, self.workload.tokens))
-        replace(self, workload=short, dtype="float32")._start(REFERENCE, folder).step_once()
-        return torch.load(_tokens_file(folder, REFERENCE))
+    def _expected(self, folder: Path) -> tuple[Tensor, Tensor]:
+        """Return the first tokens and the logits of the text in float32.
 
-    def _start(self, name: str, folder: Path) -> WorkerProcess:
+        Their process ends before the contenders fill the memory.
+        """
+        short = replace(self.workload, tokens=min(CHECKED_TOKENS, self.workload.tokens))
+        replace(self, workload=short, dtype="float32")._start(REFERENCE, folder, self.text_tokens).step_once()
+        return torch.load(_tokens_file(folder, REFERENCE)), torch.load(_logits_file(folder, REFERENCE))
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of each text whose logits are compared with those of float32."""
+        return positions_of(self.workload.streams, self.workload.tokens)
+
+    def _start(self, name: str, folder: Path, text: int) -> WorkerProcess:
         contender = ALL_DECODERS[name]
         contender.expect_installed()
         request = {"make": f"{__name__}:decode_step", "threads": torch.get_num_threads(), "folder": str(folder),
                    "config": dataclasses.asdict(self.config), "workload": dataclasses.asdict(self.workload),
-                   "contender": name, "weights": self.dtype, "output": str(_tokens_file(folder, name))}  # fmt: skip
+                   "contender": name, "weights": self.dtype, "output": str(_tokens_file(folder, name)),
+                   "logits": str(_logits_file(folder, name)), "text": text}  # fmt: skip
         return WorkerProcess(name, request, contender.environment)
 
 
 def _tokens_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.pt"
+
+
+def _logits_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.logits.pt"
 
 
 @dataclass(frozen=True)
@@ -300,12 +318,14 @@ def decode_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
     Args:
         request: contender, folder of `write_random_model`, config, workload, weights, output (file for the tokens of
-            the first run).
+            the first run), text (tokens of a text after each prompt), logits (file for its logits).
     Returns:
         A function that decodes all streams and returns one token.
     """
     config, workload = GPTConfig(**request["config"]), Workload(**request["workload"])
     ids = random_prompts(config, workload.streams, workload.prompt)
     build = ALL_DECODERS[request["contender"]].build
-    decode = build(Path(request["folder"]), config, ids, workload, request["weights"])
-    return saving_first(decode, request["output"], lambda tokens: float(tokens[0, -1]))
+    decoder = build(Path(request["folder"]), config, ids, workload, request["weights"])
+    text = random_prompts(config, workload.streams, request["text"], SEED + 1)
+    torch.save(decoder.logits(text), request["logits"])
+    return saving_first(decoder.run, request["output"], lambda tokens: float(tokens[0, -1]))

@@ -78,6 +78,11 @@ def _tokens_per_s(r: Result) -> str:
     return "" if r.tokens_per_s is None else rate_text(r.tokens_per_s)
 
 
+def _kl(r: Result) -> str:
+    f = r.fidelity
+    return f"{f.kl:.1e} ({f.kl_q25:.1e} to {f.kl_q75:.1e})" if f else ""
+
+
 def _rounds(r: Result) -> str:
     return f"{r.rounds} of {r.rounds + r.dropped}"
 
@@ -111,6 +116,8 @@ COLUMNS: dict[str, Read] = {
     "of read peak": lambda r, _: _percent(r.bytes_fraction),
     "of streams": lambda r, _: _percent(r.bytes_fraction),
     "GiB": lambda r, _: _gib(r.memory_bytes),
+    "KL from float32 (quartiles)": lambda r, _: _kl(r),
+    "same top token": lambda r, _: _percent(r.fidelity and r.fidelity.top1),
     "rounds": lambda r, _: _rounds(r),
     AGAINST_EAGER: lambda r, rs: _ratio(speedup(r, rs)),
     AGAINST_COMPILE: lambda r, rs: _ratio(speedup(r, rs, ("compile",))),
@@ -140,8 +147,8 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     ),
     "decode": (
         "Greedy decoding with a KV cache",
-        _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER,
-                 AGAINST_COMPILE),
+        _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "KL from float32 (quartiles)",
+                 "same top token", "rounds", AGAINST_EAGER, AGAINST_COMPILE),
     ),
     "neighbours": (
         "Share of its quiet speed that a contender keeps: median (quartiles), 95 % interval; of copies the sum",

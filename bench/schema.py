@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peakgpt.bench.fidelity import Fidelity
 from peakgpt.bench.timing import Spread, Timing, Turns
 from peakgpt.engine.model.flops import mfu
 from peakgpt.kernels.files import write_atomically
@@ -54,6 +55,7 @@ class Result:
     peak_before: dict[str, float] = field(default_factory=dict)  # measured before the rounds: dtype, "bytes" -> per s
     peak_after: dict[str, float] = field(default_factory=dict)
     fresh_page_s: float | None = None  # cost of the first write to a page, measured after the rounds
+    fidelity: Fidelity | None = None  # of the logits, versus float32
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -138,9 +140,12 @@ class Result:
         return dataclasses.asdict(self)
 
 
-SCHEMA = 3
-# Schema 2 lacks these keys. Its files stay as they were written, and are read with the defaults.
-NEW_IN_3 = {"calls", "first_call", "turns", "above_peak", "weight_bits", "peak_before", "peak_after", "fresh_page_s"}
+SCHEMA = 4
+# Schema -> keys that older files lack. They stay as they were written, and are read with the defaults.
+NEW_KEYS = {
+    3: {"calls", "first_call", "turns", "above_peak", "weight_bits", "peak_before", "peak_after", "fresh_page_s"},
+    4: {"fidelity"},
+}
 # dtype -> contender -> bits per weight that files of schema 2 were measured with.
 OLD_WEIGHT_BITS = {
     "int8": {"peakgpt": 8.125, "llama.cpp": 8.5, "openvino": 8.0, "onnxruntime": 8.0, "ctranslate2": 8.0},
@@ -190,19 +195,22 @@ def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, 
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"expected a JSON file of results, got {os.fspath(path)}: {error}") from error
     _expect_keys(f"{os.fspath(path)}", document, {"schema", "environment", "results", "checks", "failures"})
-    if document["schema"] not in (2, SCHEMA):
-        raise ValueError(f"{os.fspath(path)}: expected schema 2 or {SCHEMA}, got {document['schema']!r}")
-    keys = {f.name for f in dataclasses.fields(Result)} - (NEW_IN_3 if document["schema"] == 2 else set())
+    if document["schema"] not in range(2, SCHEMA + 1):
+        raise ValueError(f"{os.fspath(path)}: expected schema 2 to {SCHEMA}, got {document['schema']!r}")
+    keys = {f.name for f in dataclasses.fields(Result)}
+    for schema, new in NEW_KEYS.items():
+        keys -= new if schema > document["schema"] else set()
     for i, row in enumerate(document["results"]):
         _expect_keys(f"{os.fspath(path)}, result {i}", row, keys)
     return [result_of_json(row) for row in document["results"]], document["environment"]
 
 
 def result_of_json(row: dict[str, Any]) -> Result:
-    """Return the result whose `to_json` is `row`; keys that schema 2 lacks may be missing."""
-    if "turns" in row:
-        return Result(**{**row, "turns": Turns(**row["turns"])})
-    return Result(**row, weight_bits=OLD_WEIGHT_BITS.get(row["dtype"], {}).get(row["contender"]))
+    """Return the result whose `to_json` is `row`; keys that older schemas lack may be missing."""
+    if "turns" not in row:  # schema 2
+        return Result(**row, weight_bits=OLD_WEIGHT_BITS.get(row["dtype"], {}).get(row["contender"]))
+    fidelity = row.get("fidelity") and Fidelity(**row["fidelity"])
+    return Result(**{**row, "turns": Turns(**row["turns"]), "fidelity": fidelity})
 
 
 def comparable(a: Result, b: Result) -> bool:

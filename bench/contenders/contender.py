@@ -26,7 +26,6 @@ OUR_BITS_BY_32 = {"int4": 4.5}
 REFERENCE = "float32"  # name of the contender that the others are checked against
 
 State = Mapping[str, Tensor]
-Decode = Callable[[], Tensor]  # -> new tokens (streams, tokens) int64
 Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
 
 
@@ -86,6 +85,20 @@ def contenders_on(contenders: Mapping[str, Contender], device: torch.device) -> 
     On a GPU all contenders share one process, so contenders with environment variables are left out.
     """
     return [name for name, c in contenders.items() if device.type == "cpu" or not c.environment]
+
+
+@dataclass(frozen=True)
+class GreedyDecoder:
+    """What a contender of `bench decode` can do with its prompts.
+
+    Args:
+        run: decodes greedily; returns the new tokens (streams, tokens) int64.
+        logits: takes texts (streams, n) int64 that follow the prompts, with n up to the number of new tokens. Returns
+            the logits of each of their tokens, (streams, n, V) float32, by the steps that `run` makes.
+    """
+
+    run: Callable[[], Tensor]
+    logits: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

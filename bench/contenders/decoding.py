@@ -1,4 +1,4 @@
-"""Contenders of `bench decode`: each builder returns a function that decodes all prompts greedily.
+"""Contenders of `bench decode`: each builder returns a GreedyDecoder of all prompts.
 
 Weights are in float32, bfloat16, int8 or int4. Each engine quantizes by its own method: llama.cpp to Q8_0, Q4_0 and
 Q4_K_M, CTranslate2 to int8, onnxruntime by dynamic int8, OpenVINO by nncf. peakgpt quantizes as `peakgpt quantize`
@@ -7,10 +7,12 @@ does, with all other tensors in bfloat16. OpenVINO GenAI reads the files of llam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ from peakgpt.bench.contenders.contender import (
     REFERENCE,
     WEIGHT_FORMATS,
     Contender,
-    Decode,
+    GreedyDecoder,
     Workload,
 )
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, is_gpt2
@@ -36,19 +38,23 @@ from peakgpt.bench.contenders.models import (
     our_model,
     transformers_model,
 )
+from peakgpt.bench.contenders.stepping import Step, logits_by_steps, stepping
 from peakgpt.engine.inference.block_pool import blocks_for
-from peakgpt.engine.inference.decoder import ContiguousDecoder
+from peakgpt.engine.inference.decoder import ContiguousDecoder, Decoder, PagedDecoder
+from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.model.config import GPTConfig
 
-# Builders: (folder, config, ids (streams, prompt), workload, weights) -> Decode. `folder` is of `write_random_model`.
+# Builders: (folder, config, ids (streams, prompt), workload, weights) -> GreedyDecoder. `folder` is of
+# `write_random_model`.
 
 
-def _ours(group: int, folder: Path, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def _ours(group: int, folder: Path, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
     blocks = workload.streams * blocks_for(workload.prompt + workload.tokens)
     # The cache holds exactly one run, so that no run reuses a prefix of the previous run.
-    engine = Engine(our_model(folder, weights, group), blocks=blocks)
+    model = our_model(folder, weights, group)
+    engine = Engine(model, blocks=blocks)
     if engine.executor_note:
         raise ValueError(f"decode: peakgpt runs {engine.executor_note}")
     params = SamplingParams(temperature=0.0, max_tokens=workload.tokens)
@@ -61,22 +67,29 @@ def _ours(group: int, folder: Path, config: GPTConfig, ids: Tensor, workload: Wo
             sequences[output.request_id] += output.token_ids
         return torch.tensor(list(sequences.values()))
 
-    return run
+    make_decoder = lambda: PagedDecoder(make_executor(model, blocks), len(ids))  # noqa: E731
+    return GreedyDecoder(run, lambda text: logits_by_steps(_step_of(make_decoder), ids, text))
 
 
-def _torch_ops(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    """Run the modules of the model one op at a time, with a contiguous KV cache."""
-    model = our_model(folder, weights)
+def _step_of(make_decoder: Callable[[], Decoder]) -> Step:
+    """Return the step of a decoder, of a new one for each text."""
+    decoder = None
 
     @torch.inference_mode()
-    def run() -> Tensor:
-        decoder = ContiguousDecoder(model, len(ids), workload.prompt + workload.tokens)
-        tokens = [decoder.step(ids).argmax(-1)]
-        for _ in range(workload.tokens - 1):
-            tokens.append(decoder.step(tokens[-1][:, None]).argmax(-1))
-        return torch.stack(tokens, 1)
+    def step(rows: Tensor, past: int) -> Tensor:
+        nonlocal decoder
+        if past == 0:
+            decoder = None  # frees its cache first
+            decoder = make_decoder()
+        return decoder.step(rows)
 
-    return run
+    return step
+
+
+def _torch_ops(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
+    """Run the modules of the model one op at a time, with a contiguous KV cache."""
+    model, capacity = our_model(folder, weights), workload.prompt + workload.tokens
+    return stepping(_step_of(lambda: ContiguousDecoder(model, len(ids), capacity)), ids, workload)
 
 
 class StaticGPT(EagerGPT):
@@ -96,48 +109,60 @@ class StaticGPT(EagerGPT):
         return F.linear(t["ln_f"](x)[:, -1], t["wte"].weight)
 
 
-def eager_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def eager_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     model, dtype = StaticGPT(config), getattr(torch, weights)
     model.load_state_dict(float32_state(folder))
     model = model.to(dtype).eval()
     cache_tokens = workload.prompt + workload.tokens
     cache = torch.zeros(config.n_layer, 2, len(ids), config.n_head, cache_tokens, config.head_dim, dtype=dtype)
 
-    @torch.inference_mode()
-    def run() -> Tensor:
-        tokens = [model(ids, 0, cache).argmax(-1)]
-        for past in range(workload.prompt, cache_tokens - 1):
-            tokens.append(model(tokens[-1][:, None], past, cache).argmax(-1))
-        return torch.stack(tokens, 1)
-
-    return run
+    return stepping(torch.inference_mode()(lambda rows, past: model(rows, past, cache)), ids, workload)
 
 
-def _transformers(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def _transformers(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     return _generate(transformers_model(folder, getattr(torch, weights)), ids, workload)
 
 
-def _compiled_transformers(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def _compiled_transformers(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     """Compile the forward pass, which transformers does by itself on GPUs, with a cache of fixed size."""
     model = transformers_model(folder, getattr(torch, weights))
     model.forward = torch.compile(model.forward)
     return _generate(model, ids, workload, cache_implementation="static")
 
 
-def reference_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    """Decode by an eager model in float32."""
+def reference_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
+    """Decode by an eager model in float32, which computes the logits of texts in one pass."""
     if is_gpt2(config):
-        return eager_decoder(folder, config, ids, workload, weights)
-    return _generate(computing_in_float32(transformers_model(folder, torch.bfloat16)), ids, workload)
+        model = EagerGPT(config).eval()
+        model.load_state_dict(float32_state(folder), assign=True)
+        run = lambda: model.generate(ids, workload.tokens)[:, workload.prompt :]  # noqa: E731
+        return GreedyDecoder(run, _whole_text(model, ids))
+    model = computing_in_float32(transformers_model(folder, torch.bfloat16))
+    return GreedyDecoder(_generate(model, ids, workload).run, _whole_text(lambda rows: model(rows).logits, ids))
 
 
-def _generate(model: Any, ids: Tensor, workload: Workload, **options: Any) -> Decode:
-    options |= {"max_new_tokens": workload.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    mask = torch.ones_like(ids)
-    return lambda: model.generate(ids, attention_mask=mask, **options)[:, workload.prompt :]
+def _whole_text(logits_of: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the logits of GreedyDecoder, from a function that returns those of every position."""
+    return torch.inference_mode()(lambda text: logits_of(torch.cat((ids, text), 1))[:, ids.shape[1] - 1 : -1])
 
 
-def _ctranslate2(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def _generate(model: Any, ids: Tensor, workload: Workload, **options: Any) -> GreedyDecoder:
+    options |= {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def logits(text: Tensor) -> Tensor:
+        forced = lambda rows, scores: torch.full_like(scores, -torch.inf).scatter_(  # noqa: E731
+            1, text[:, rows.shape[1] - workload.prompt, None], 0.0
+        )
+        raw = model.generate(ids, max_new_tokens=text.shape[1], logits_processor=[forced], output_logits=True,
+                             return_dict_in_generate=True, **options).logits  # fmt: skip
+        return torch.stack(raw, 1)
+
+    return GreedyDecoder(
+        lambda: model.generate(ids, max_new_tokens=workload.tokens, **options)[:, workload.prompt :], logits
+    )
+
+
+def _ctranslate2(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     generator, prompts = ctranslate2_generator(folder, config, weights), ctranslate2_prompts(ids)
 
     def run() -> Tensor:
@@ -145,7 +170,11 @@ def _ctranslate2(folder, config: GPTConfig, ids: Tensor, workload: Workload, wei
                                          sampling_topk=1, include_prompt_in_result=False, end_token=[])  # fmt: skip
         return torch.tensor([r.sequences_ids[0] for r in results])
 
-    return run
+    def log_probabilities(rows: Tensor) -> Tensor:
+        views = generator.forward_batch(ctranslate2_prompts(rows), return_log_probs=True)
+        return torch.from_numpy(np.array(views))
+
+    return GreedyDecoder(run, _whole_text(log_probabilities, ids))
 
 
 DECODING_CONTENDERS = {

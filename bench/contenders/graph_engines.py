@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peakgpt.bench.contenders.contender import Decode, Workload
+from peakgpt.bench.contenders.contender import GreedyDecoder, Workload
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.models import float32_state
+from peakgpt.bench.contenders.stepping import stepping
 from peakgpt.engine.model.config import GPTConfig
 
 
@@ -55,7 +56,7 @@ def _example(folder, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Te
     return model.eval(), (ids, torch.arange(len(ids)), *past), inputs, ["logits", *(f"present.{n}" for n in names)]
 
 
-def onnxruntime_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def onnxruntime_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     """Decode with onnxruntime. Keys and values go from output to input without a copy."""
     import numpy as np
     import onnxruntime as ort
@@ -79,19 +80,17 @@ def onnxruntime_decoder(folder, config: GPTConfig, ids: Tensor, workload: Worklo
     value, empty = ort.OrtValue.ortvalue_from_numpy, np.zeros(example[2][:, :, :0].shape, np.float32)
     order, first = value(np.arange(len(ids))), [value(empty)] * (2 * config.n_layer)
 
-    def run() -> Tensor:
-        tokens, new, past = [], ids.numpy(), first
-        for _ in range(workload.tokens):
-            feed = dict(zip(inputs, [value(np.ascontiguousarray(new)), order, *past], strict=True))
-            logits, *past = session.run_with_ort_values(outputs, feed)
-            new = logits.numpy()[:, 0].argmax(-1)[:, None]
-            tokens.append(torch.from_numpy(new))
-        return torch.cat(tokens, 1)
+    kept = []  # keys and values
 
-    return run
+    def step(rows: Tensor, past: int) -> Tensor:
+        feed = [value(np.ascontiguousarray(rows.numpy())), order, *(kept if past else first)]
+        logits, *kept[:] = session.run_with_ort_values(outputs, dict(zip(inputs, feed, strict=True)))
+        return torch.from_numpy(logits.numpy()[:, 0])
+
+    return stepping(step, ids, workload)
 
 
-def openvino_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def openvino_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> GreedyDecoder:
     """Decode with OpenVINO. As in optimum-intel, the KV cache is the state of the request, gathered by sequence."""
     import numpy as np
     import openvino
@@ -111,16 +110,13 @@ def openvino_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload,
     request = openvino_request(graph, weights)
     order = np.arange(batch)
 
-    def run() -> Tensor:
-        request.reset_state()
-        tokens, new = [], ids.numpy()
-        for _ in range(workload.tokens):
-            logits = request.infer({"ids": new, "order": order}, share_inputs=True, share_outputs=True)[0]
-            new = logits[:, 0].argmax(-1)[:, None]
-            tokens.append(torch.from_numpy(new))
-        return torch.cat(tokens, 1)
+    def step(rows: Tensor, past: int) -> Tensor:
+        if past == 0:
+            request.reset_state()
+        inputs = {"ids": rows.numpy(), "order": order}
+        return torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0][:, 0])
 
-    return run
+    return stepping(step, ids, workload)
 
 
 def openvino_request(graph, weights: str):

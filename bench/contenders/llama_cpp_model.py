@@ -8,14 +8,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peakgpt.bench.contenders.contender import Contender, Decode, Prefill, Workload
+from peakgpt.bench.contenders.contender import Contender, GreedyDecoder, Prefill, Workload
+from peakgpt.bench.contenders.stepping import Step, stepping
 from peakgpt.engine.checkpoint.gguf.export import choose_architecture, write_gguf
 from peakgpt.engine.data.gguf_header import read_header
 from peakgpt.engine.gpt import GPT
@@ -75,17 +75,10 @@ def weight_bits(contender: Contender, folder: Path, weights: str) -> float | Non
 
 def llama_cpp_decoder(
     folder: Path, config: GPTConfig, ids: Tensor, workload: Workload, weights: str, *, kind: str | None = None
-) -> Decode:
+) -> GreedyDecoder:
     """Decode all streams in one batch, with a file of FILES or of another kind."""
     step = _stepper(folder, config, ids, workload.prompt + workload.tokens, kind or FILES[weights])
-
-    def run() -> Tensor:
-        tokens = [step(ids, 0).argmax(-1)]
-        for past in range(workload.prompt, workload.prompt + workload.tokens - 1):
-            tokens.append(step(tokens[-1][:, None], past).argmax(-1))
-        return torch.stack(tokens, 1)
-
-    return run
+    return stepping(step, ids, workload)
 
 
 def llama_cpp_prefill(folder: Path, config: GPTConfig, ids: Tensor, weights: str) -> Prefill:
@@ -94,10 +87,7 @@ def llama_cpp_prefill(folder: Path, config: GPTConfig, ids: Tensor, weights: str
     return lambda: step(ids, 0)
 
 
-def _stepper(
-    folder: Path, config: GPTConfig, ids: Tensor, cache_tokens: int, kind: str
-) -> Callable[[Tensor, int], Tensor]:
-    """Return step(rows (streams, T), past) -> logits (streams, V) of the last positions; past 0 empties the cache."""
+def _stepper(folder: Path, config: GPTConfig, ids: Tensor, cache_tokens: int, kind: str) -> Step:
     import numpy as np
 
     lib, path, streams = _library(), gguf_file(folder, kind), len(ids)

@@ -69,9 +69,9 @@ def _random_state(shapes: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, values.normal_(std=shape.shape[-1] ** -0.5 if is_layer else STD)
 
 
-def random_prompts(config: GPTConfig, streams: int, tokens: int) -> Tensor:
+def random_prompts(config: GPTConfig, streams: int, tokens: int, seed: int = SEED) -> Tensor:
     """Return prompts (streams, tokens) int64, the same in each process."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (streams, tokens), generator=generator)
 
 

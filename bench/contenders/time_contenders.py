@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from peakgpt.bench.contenders.contender import Contender
+from peakgpt.bench.fidelity import Fidelity
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.timing import Timing
@@ -39,6 +40,7 @@ class Work:
         first_output: (name, process) -> output of its first steps.
         expect_correct: (name, outputs by name) -> a note, or None. It raises if that contender's output is wrong.
         weight_bits: name -> bits per quantized weight.
+        fidelity: name -> how near its logits are to those of float32, of a contender that has run.
     """
 
     contenders: Mapping[str, Contender]
@@ -46,6 +48,7 @@ class Work:
     first_output: Callable[[str, Any], Any]
     expect_correct: Callable[[str, Mapping[str, Any]], str | None]
     weight_bits: Callable[[str], float | None] = lambda name: None
+    fidelity: Callable[[str], Fidelity | None] = lambda name: None
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,9 @@ struct Queries {
   }
 };
 
-template <class T>
-PEAK_INLINE const T* QueryOf(const CacheAttentionArgs& args, const Queries& queries, int64_t lane) {
+PEAK_INLINE const float* QueryOf(const CacheAttentionArgs& args, const Queries& queries, int64_t lane) {
   const int64_t row = queries.row[lane] / args.heads, h = queries.row[lane] % args.heads;
-  return static_cast<const T*>(args.q) + row * args.q_row + h * args.width;
+  return args.q + row * args.q_row + h * args.width;
 }
 
 template <bool kCap>
@@ -123,11 +122,10 @@ void SoftmaxOfLane(const Queries& queries, int64_t lane, const BlockScales& scal
 }
 
 // Divides the accumulator of one lane by l and stores it; `row` is a workspace of args.width floats.
-template <class T>
 void StoreOut(const CacheAttentionArgs& args, const Queries& queries, int64_t lane, const float* acc, int64_t step,
               float l, float* row) {
   for (int64_t d = 0; d < args.width; ++d) row[d] = acc[d * step];
-  T* out = static_cast<T*>(args.out) + queries.row[lane] * args.width;
+  float* out = args.out + queries.row[lane] * args.width;
   const Vec factor = Set(1.0f / l);  // not 0: a query sees its own key
   for (int64_t d = 0; d < args.width; d += kLanes) Store(out + d, Load(row + d) * factor, args.width - d);
 }
@@ -162,21 +160,22 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
   const bool few = queries.count <= kFewLanes;
   const int64_t width = args.width, depth = width / kDepth<E>, acc_row = UpTo(width, kLanes);
   const int64_t row_bytes = kInt8 ? width : width * static_cast<int64_t>(sizeof(C)) / kDepth<C>;
-  const int64_t vecs = (queries.count + kLanes - 1) / kLanes;
+  const int64_t vecs = (queries.count + kLanes - 1) / kLanes, lanes = few ? queries.count : vecs * kLanes;
   Arena arena(scratch);
   const CacheSpace<T, C> space(arena, width);
   float *const s = space.s, *const acc = space.acc;
   BlockScales scales(args.scale);
   const Softcap cap(args.softcap);
   const bool capped = args.softcap > 0.0f;
-  for (int64_t l = 0; l < kTile; ++l) {
-    const T* from = QueryOf<T>(args, queries, Least(l, queries.count - 1));
+  for (int64_t l = 0; l < lanes; ++l) {
+    typename ElementOf<E>::type row[kMaxCacheWidth];
+    const auto* from = Rounded(QueryOf(args, queries, Least(l, queries.count - 1)), width, row);
     for (int64_t d = 0; d < depth; ++d) {
       SetOperand(from + d * kDepth<E>, space.q + (few ? l * depth + d : d * kTile + l));
     }
+    space.softmax.Reset(l, queries.sink[l]);
   }
-  for (int64_t l = 0; l < kTile; ++l) space.softmax.Reset(l, queries.sink[l]);
-  std::memset(acc, 0, acc_row * kTile * sizeof(float));
+  std::memset(acc, 0, acc_row * (few ? lanes : kTile) * sizeof(float));
 
   for (int64_t block = queries.begin / kCacheBlock; block * kCacheBlock < queries.end; ++block) {
     const int64_t key = block * kCacheBlock, live = Least(kCacheBlock, queries.end - key);
@@ -211,7 +210,7 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
     }
   }
   for (int64_t l = 0; l < queries.count; ++l) {
-    StoreOut<T>(args, queries, l, few ? acc + l * acc_row : acc + l, few ? 1 : kTile, space.softmax.l[l], s);
+    StoreOut(args, queries, l, few ? acc + l * acc_row : acc + l, few ? 1 : kTile, space.softmax.l[l], s);
   }
 }
 

@@ -1,4 +1,6 @@
-// Attention of new tokens over a paged KV cache and over themselves.
+// Attention of new tokens over a paged KV cache and over themselves. Queries, new keys and values and the result are
+// float32. The cache stores keys and values in its dtype, for the new tokens too. Where an instruction multiplies pairs of
+// bf16, queries and weights are rounded before a product; elsewhere they are not.
 //
 // The result of a query depends on the query and its keys only, to the last bit: blocks of kCacheBlock keys, counted
 // from the first key of the sequence, are taken in order, and every sum inside a block has one order. It does not
@@ -24,16 +26,16 @@ constexpr int64_t kMaxCacheWidth = 256;  // features of a head
 // has the rules). The bytes of kCacheBlock tokens lie as above and their scales follow. A block is converted to floats
 // when it is read, into memory that stays in the first-level cache; the scales multiply scores and weights.
 struct CacheAttentionArgs {
-  DType dtype;
+  DType dtype;  // of the cache, unless it is int8
   int64_t heads, kv_heads, width;
   int64_t sequences;
   const int64_t* begins;  // (sequences + 1), ascending: first row of each sequence
   const int64_t* past;    // (sequences): tokens in the cache
   const int32_t* tables;  // (sequences, table_row): block numbers
   int64_t table_row;
-  const void* q;  // (rows, heads, width), rows q_row elements apart, as are those of k and v
-  const void* k;  // (rows, kv_heads, width)
-  const void* v;
+  const float* q;  // (rows, heads, width), rows q_row elements apart, as are those of k and v
+  const float* k;  // (rows, kv_heads, width)
+  const float* v;
   int64_t q_row;
   bool int8_cache;
   void* keys;  // (blocks, kv_heads, kCacheBlock * width) of this layer; int8: kCacheBlock * (width + 4) bytes
@@ -41,7 +43,7 @@ struct CacheAttentionArgs {
   int64_t window;  // number of keys that a query sees at most; 0: no limit
   float scale;
   const float* alibi;  // (heads), or null
-  void* out;           // (rows, heads, width)
+  float* out;          // (rows, heads, width)
   float softcap = 0.0f;          // limit of the scaled products; 0: none
   const float* sinks = nullptr;  // (heads): a logit without a value, which joins the softmax of each query
 };

@@ -15,8 +15,15 @@ template <class T> struct ReadOf<T, true> : OperandOf<T> {};
 template <class C, bool kInt8> struct StoredOf { using type = C; };
 template <class C> struct StoredOf<C, true> { using type = int8_t; };
 
+// The type of the elements of an operand, and a row of floats in that type; `copy` has space for it.
+template <class E> struct ElementOf { using type = E; };
+template <> struct ElementOf<Pair> { using type = bf16; };
+inline const float* Rounded(const float* x, int64_t, float*) { return x; }
+inline const bf16* Rounded(const float* x, int64_t width, bf16* copy) {
+  for (int64_t d = 0; d < width; d += kLanes) Store(copy + d, Load(x + d, width - d), width - d);
+  return copy;
+}
 inline void SetOperand(const float* from, float* to) { *to = *from; }
-inline void SetOperand(const bf16* from, float* to) { *to = Widen(*from); }
 inline void SetOperand(const bf16* from, bf16* to) { *to = *from; }
 inline void SetOperand(const bf16* from, Pair* to) { std::memcpy(to, from, sizeof(Pair)); }
 
@@ -29,8 +36,7 @@ PEAK_INLINE X* BlockOf(const CacheAttentionArgs& args, void* base, int64_t seque
 
 // --------------------------------------------------------------------------------------------------------- storing
 // Quantizes a row to `bytes`, which has kMaxCacheWidth elements. Returns the scale; NaN if the row is not finite.
-template <class T>
-float QuantizeRow(const T* x, int64_t width, int8_t* bytes) {
+inline float QuantizeRow(const float* x, int64_t width, int8_t* bytes) {
   Vec high = Set(0.0f), zero = Set(0.0f);
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec v = Load(x + d, width - d);
@@ -46,8 +52,9 @@ float QuantizeRow(const T* x, int64_t width, int8_t* bytes) {
 }
 
 // Stores one head of a token as int8, in the layout of operands of kSteps steps.
-template <class T, int64_t kSteps>
-void AppendInt8(const CacheAttentionArgs& args, const T* k, const T* v, int64_t key, int8_t* keys, int8_t* values) {
+template <int64_t kSteps>
+void AppendInt8(const CacheAttentionArgs& args, const float* k, const float* v, int64_t key, int8_t* keys,
+                int8_t* values) {
   const int64_t width = args.width;
   int8_t row[kMaxCacheWidth];
   float scale = QuantizeRow(k, width, row);
@@ -80,13 +87,15 @@ void Append(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int6
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t position = args.past[sequence] + i, key = position % kCacheBlock, block = position / kCacheBlock;
     const int64_t from = (args.begins[sequence] + i) * args.q_row + head * width;
-    const T *k = static_cast<const T*>(args.k) + from, *v = static_cast<const T*>(args.v) + from;
+    const float *new_k = args.k + from, *new_v = args.v + from;
     if (args.int8_cache) {
-      AppendInt8<T, kDepth<typename OperandOf<T>::type>>(args, k, v, key,
-                                                         BlockOf<int8_t>(args, args.keys, sequence, block, head),
-                                                         BlockOf<int8_t>(args, args.values, sequence, block, head));
+      AppendInt8<kDepth<typename OperandOf<T>::type>>(args, new_k, new_v, key,
+                                                      BlockOf<int8_t>(args, args.keys, sequence, block, head),
+                                                      BlockOf<int8_t>(args, args.values, sequence, block, head));
       continue;
     }
+    T k_row[kMaxCacheWidth], v_row[kMaxCacheWidth];
+    const T *k = Rounded(new_k, width, k_row), *v = Rounded(new_v, width, v_row);
     C* keys = BlockOf<C>(args, args.keys, sequence, block, head);
     for (int64_t d = 0; d < width; d += kDepth<C>) SetOperand(k + d, keys + d / kDepth<C> * kCacheBlock + key);
     StoreValue(v, key, width, BlockOf<C>(args, args.values, sequence, block, head));

@@ -54,7 +54,7 @@ void PackDecoded(const QuantizedMatrix& w, int64_t column, int64_t columns, int6
       for (int64_t v = 0; v < kColumnVecs; ++v) {
         const int64_t lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, count - v * kLanes));
         const PackedLanes<false> to{out + at / kSlot<T> * kColumns + v * kLanes, kColumns, 0};
-        PackAlong(decoded + v * kLanes * kStep, kStep, lanes, std::min(kStep, depth - at), to);
+        PackAlong<T>(decoded + v * kLanes * kStep, kStep, lanes, std::min(kStep, depth - at), to);
       }
     }
   }

@@ -2,7 +2,12 @@
 
 #include "simd/activations.h"
 
-// Writes one Vec of sums of row i and the n columns from j on.
+PEAK_INLINE Vec LoadBias(const GemmArgs& args, int64_t j, int64_t n) {
+  return args.dtype == DType::kFloat32 ? Load(static_cast<const float*>(args.bias) + j, n)
+                                       : Load(static_cast<const bf16*>(args.bias) + j, n);
+}
+
+// Writes one Vec of sums of row i and the n columns from j on. T is the type of pre, act, gate and dgate.
 template <class T, class Out, Epilogue kEpilogue, class Act>
 PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, int64_t n) {
   Out* c = static_cast<Out*>(args.c) + i * args.c_row + j;
@@ -23,7 +28,7 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
     Store(c, Act::UpSlope(value, sum * gate), n);
     if (args.act != nullptr) Store(static_cast<T*>(args.act) + at, gate * up, n);
   } else {
-    if (args.bias != nullptr) sum = sum + Load(static_cast<const T*>(args.bias) + j, n);
+    if (args.bias != nullptr) sum = sum + LoadBias(args, j, n);
     if constexpr (kEpilogue == Epilogue::kActivate) {
       if (pre != nullptr) Store(pre, sum, n);
       sum = Act::Value(sum);
@@ -37,15 +42,15 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
 
 // Requests the memory that FinishTile reads and writes. A tile of few slots is computed in less time than its rows need
 // to arrive from the last-level cache.
-template <class T>
 PEAK_INLINE void PrefetchTile(const GemmArgs& args, int64_t row, int64_t column) {
-  const int64_t rows = std::min<int64_t>(kRows, args.m - row), size = SizeOf(args.out_dtype);
+  const int64_t rows = std::min<int64_t>(kRows, args.m - row);
+  const int64_t size = SizeOf(args.out_dtype), pre_size = SizeOf(RowsDType(args));
   char* c = static_cast<char*>(args.c) + (row * args.c_row + column) * size;
-  const char* pre = reinterpret_cast<const char*>(static_cast<const T*>(args.pre) + row * args.n + column);
-  for (int64_t i = 0; i < rows; ++i, c += args.c_row * size, pre += args.n * static_cast<int64_t>(sizeof(T))) {
+  const char* pre = static_cast<const char*>(args.pre) + (row * args.n + column) * pre_size;
+  for (int64_t i = 0; i < rows; ++i, c += args.c_row * size, pre += args.n * pre_size) {
     for (int64_t at = 0; at < kColumns * size; at += kCacheLine) __builtin_prefetch(c + at, 1);
     if (args.pre == nullptr) continue;
-    for (int64_t at = 0; at < kColumns * static_cast<int64_t>(sizeof(T)); at += kCacheLine) __builtin_prefetch(pre + at, 1);
+    for (int64_t at = 0; at < kColumns * pre_size; at += kCacheLine) __builtin_prefetch(pre + at, 1);
   }
 }
 
@@ -59,7 +64,7 @@ void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column
   }
 }
 
-// The result of an activation has the type of the operands: every other combination would cost a second of compilation.
+// The result of an activation has the type of the rows: every other combination would cost a second of compilation.
 template <class T, Epilogue kEpilogue>
 void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   switch (args.activation) {
@@ -79,7 +84,7 @@ void FinishSum(const GemmArgs& args, const float* sums, int64_t row, int64_t col
 }
 
 template <class T>
-void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+void FinishTileOf(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   switch (args.epilogue) {
     case Epilogue::kStore: return FinishSum<T, Epilogue::kStore>(args, sums, row, column);
     case Epilogue::kAdd: return FinishSum<T, Epilogue::kAdd>(args, sums, row, column);
@@ -88,4 +93,9 @@ void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t co
     case Epilogue::kGate: return FinishWith<T, Epilogue::kGate>(args, sums, row, column);
     case Epilogue::kGateSlope: return FinishWith<T, Epilogue::kGateSlope>(args, sums, row, column);
   }
+}
+
+void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+  RowsDType(args) == DType::kFloat32 ? FinishTileOf<float>(args, sums, row, column)
+                                     : FinishTileOf<bf16>(args, sums, row, column);
 }

@@ -60,12 +60,12 @@ bool ReadsRows(const GemmArgs& args) {
   }
 }
 
-// Packs row panels [begin, end) of a block of a. kHalves: for the tiles; otherwise a panel has all rows of a skinny product.
-template <class T, bool kHalves>
-void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
+// Packs row panels [begin, end) of a block of an a of type X. kHalves: for the tiles; otherwise a panel has all rows of a skinny product.
+template <class T, bool kHalves, class X>
+void PackRowsOf(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;
   const int64_t rows = std::min(end * kPanelRows, block.rows) - row;
-  const T* a = static_cast<const T*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
+  const X* a = static_cast<const X*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
   out += row * slots;
   Pack<T, kRowVecs, kHalves>(a, args.a_row, args.a_k, rows, block.depth, out);
   if (args.a_sums == nullptr || block.column > 0) return;
@@ -74,6 +74,11 @@ void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64
     const float* panel = out + i / kPanelRows * kPanelRows * slots + i % kPanelRows;
     AddSlots<T, kHalves>(panel, slots, kWidth, slots * kWidth, rows - i, block.first, args.a_sums + block.row + row + i);
   }
+}
+template <class T, bool kHalves>
+void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
+  args.float32_rows ? PackRowsOf<T, kHalves, float>(args, block, begin, end, out)
+                    : PackRowsOf<T, kHalves, T>(args, block, begin, end, out);
 }
 template <class T>
 void PackSkinnyRows(const GemmArgs& args, const GemmBlock& block, float* out) {
@@ -121,9 +126,9 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRan
       const int64_t width = block.columns - j * kColumns;
       const TileFunction multiply =
           left.slot_step == 1 ? TileOf<T, true>(block.rows - i, width) : TileOf<T, false>(block.rows - i, width);
-      if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
+      if (block.last) PrefetchTile(args, block.row + i, block.column + j * kColumns);
       multiply(slots, left, b + (j - group.begin) * kColumns * slots, block.first, at);
-      if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
+      if (block.last) FinishTile(args, at, block.row + i, block.column + j * kColumns);
     }
   }
 }
@@ -213,7 +218,7 @@ void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, int64_t begi
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
   const int64_t slot = plan.tile.slot, slots = Pieces(args.k, slot);
   // Sums of a row are formed from its first element to its last one.
-  const int64_t slots_of_unit = args.a_sums == nullptr ? GrainRows(args.m * slot * SizeOf(args.dtype)) : slots;
+  const int64_t slots_of_unit = args.a_sums == nullptr ? GrainRows(args.m * slot * SizeOf(RowsDType(args))) : slots;
   ParallelRanges(slots, std::max<int64_t>(1, slots_of_unit), threads, [&](int64_t first, int64_t last) {
     const int64_t k = first * slot, depth = std::min(last * slot, args.k) - k;
     pack(args, {0, args.m, begin, args.n, k, depth, first == 0, last == slots}, a + first * plan.tile.rows);
@@ -247,7 +252,7 @@ void MultiplyBlocks(const GemmArgs& args, const GemmPlan& plan, int64_t begin, i
   float* const all_b = a + plan.a_size + plan.sums_size;
   ForEachBlock(args, plan, begin, end, [&](const GemmBlock& block) {
     const GemmUnits units(block, plan.tile, threads);
-    const int64_t grain = GrainRows(plan.tile.rows * block.depth * SizeOf(args.dtype));
+    const int64_t grain = GrainRows(plan.tile.rows * block.depth * SizeOf(RowsDType(args)));
     ParallelRanges(units.row_panels, grain, threads, [&](int64_t first, int64_t last) {
       prepare(args, block, first, last, a);
     });

@@ -38,8 +38,8 @@ enum class Epilogue : int {
 struct QuantizedMatrix;  // gemm/quantized.h
 
 struct GemmArgs {
-  DType dtype;      // of everything but c and a_sums
-  DType out_dtype;  // of c; the same as dtype if the epilogue has an activation
+  DType dtype;      // of everything but c and a_sums; with float32_rows, of b and bias
+  DType out_dtype;  // of c; that of a if the epilogue has an activation
   int64_t m, n, k;
   const void* a;  // element (i, p) is a[i a_row + p a_k]; one of the strides is 1
   int64_t a_row, a_k;
@@ -55,11 +55,17 @@ struct GemmArgs {
   const void* gate = nullptr;  // (m, n): read by kGate and kGateSlope
   void* dgate = nullptr;       // (m, n): written by kGateSlope
   float* a_sums = nullptr;     // (m): sums over k of a
+  // a, pre, act, gate and dgate are float32 whatever the dtype is. Where an instruction multiplies pairs of bf16, a is
+  // rounded when it is packed; elsewhere b is converted to float, and nothing is rounded.
+  bool float32_rows = false;
   // The b of the product if it is given, by C++ only: element (p, j) is the weight of output p for input j in dtype.
   const QuantizedMatrix* weight = nullptr;
 };
 PEAK_FIELDS(GemmArgs, dtype, out_dtype, m, n, k, a, a_row, a_k, c, c_row)
-PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums, weight)
+PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums, float32_rows,
+                     weight)
+
+inline DType RowsDType(const GemmArgs& args) { return args.float32_rows ? DType::kFloat32 : args.dtype; }
 
 void Gemm(const GemmArgs& args, int threads);
 

@@ -33,17 +33,18 @@ int64_t Cost(const GroupedGemmArgs& args, int64_t group) {
 GemmArgs GroupOf(const GroupedGemmArgs& args, int64_t group) {
   GemmArgs g = args;
   const int64_t first = args.offsets[group], rows = args.offsets[group + 1] - first;
-  const int64_t size = SizeOf(args.dtype), c_size = SizeOf(args.out_dtype), hidden = first * args.n * size;
+  const int64_t size = SizeOf(args.dtype), row_size = SizeOf(RowsDType(args)), c_size = SizeOf(args.out_dtype);
+  const int64_t hidden = first * args.n * row_size;
   if (args.grouping == Grouping::kDepth) {
     g.k = rows;
-    Advance(g.a, first * args.a_k * size);
+    Advance(g.a, first * args.a_k * row_size);
     Advance(g.b, first * args.b_k * size);
     Advance(g.c, group * args.c_group * c_size);
     if (g.a_sums != nullptr) g.a_sums += group * args.m;
     return g;
   }
   g.m = rows;
-  Advance(g.a, first * args.a_row * size);
+  Advance(g.a, first * args.a_row * row_size);
   Advance(g.c, first * args.c_row * c_size);
   Advance(g.b, group * args.b_group * size);
   Advance(g.bias, group * args.n * size);

@@ -19,22 +19,23 @@ constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
 constexpr int kPanelRows = kRowVecs * kLanes;
 constexpr bool kTwoPanels = kPanelRows == 2 * kRows;
 
-template <class T>
-PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
+// The elements of an operand have type X: T, or float, which is rounded if a slot is a pair.
+template <class T, class X>
+PEAK_INLINE Vec LoadSlots(const X* p, int64_t n) {
   if constexpr (kSlot<T> == 2) {
     return AsVec(LoadPairs(p, n));
   } else {
-    return n >= kLanes ? Load(p) : LoadPart(p, n);
+    return Load(p, n);
   }
 }
 
 // One Vec of n slots from the row at p and, for pairs, the row after it; the sum over k has `left` elements left.
-template <class T>
-PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
+template <class T, class X>
+PEAK_INLINE Vec GatherSlots(const X* p, int64_t k_stride, int64_t n, int64_t left) {
   if constexpr (kSlot<T> == 2) {
     return AsVec(ZipPairs(p, left > 1 ? p + k_stride : nullptr, n));
   } else {
-    return n >= kLanes ? Load(p) : LoadPart(p, n);
+    return Load(p, n);
   }
 }
 
@@ -56,19 +57,19 @@ struct PackedLanes {
 };
 
 // Packs `lanes` <= kLanes rows of an operand, contiguous along k.
-template <class T, bool kHalves>
-void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
+template <class T, bool kHalves, class X>
+void PackAlong(const X* p, int64_t stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
   constexpr int64_t kStep = kLanes * kSlot<T>;
   Vec rows[kLanes];
   int64_t at = 0;
-  if constexpr (kSlot<T> * sizeof(T) == 4) {
+  if constexpr (kSlot<T> * sizeof(X) == 4) {
     for (; lanes == kLanes && at + kStep <= k; at += kStep) {
       LoadTransposed(p + at, stride, rows);
       for (const Vec& slot : rows) to.Add(slot);
     }
   }
   for (; at < k; at += kStep) {
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots(p + i * stride + at, k - at) : Set(0.0f);
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots<T>(p + i * stride + at, k - at) : Set(0.0f);
     Transpose(rows);
     const int64_t slots = std::min<int64_t>(kLanes, (k - at + kSlot<T> - 1) / kSlot<T>);
     for (int64_t i = 0; i < slots; ++i) to.Add(rows[i]);
@@ -76,9 +77,9 @@ void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, PackedLanes
 }
 
 // The same for an operand in which the elements of one k are contiguous.
-template <class T, bool kHalves>
-void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
-  for (int64_t at = 0; at < k; at += kSlot<T>) to.Add(GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
+template <class T, bool kHalves, class X>
+void PackAcross(const X* p, int64_t k_stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
+  for (int64_t at = 0; at < k; at += kSlot<T>) to.Add(GatherSlots<T>(p + at * k_stride, k_stride, lanes, k - at));
 }
 
 // Adds one Vec of rows to sums[lanes], in the order of k. Slots are `width` elements apart; panels are read whole.
@@ -102,16 +103,16 @@ void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t half, in
 
 // Packs rows [0, rows) of an operand as panels of kVecs Vecs: [panel][slot][lane]. Missing rows are 0. kHalves: each Vec
 // becomes two panels.
-template <class T, int kVecs, bool kHalves>
-void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, float* out) {
+template <class T, int kVecs, bool kHalves, class X>
+void Pack(const X* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, float* out) {
   constexpr int64_t kWidth = kVecs * kLanes;
   const int64_t slots = (k + kSlot<T> - 1) / kSlot<T>;
   for (int64_t row = 0; row < rows; row += kWidth, out += slots * kWidth) {
     for (int64_t v = 0; v < kVecs; ++v) {
       const int64_t first = row + v * kLanes, lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, rows - first));
-      const T* p = static_cast<const T*>(from) + (lanes > 0 ? first * row_stride : 0);
+      const X* p = from + (lanes > 0 ? first * row_stride : 0);
       const PackedLanes<kHalves> to{out + v * kLanes, kHalves ? kLanes / 2 : kWidth, slots * kLanes / 2};
-      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, to) : PackAcross(p, k_stride, lanes, k, to);
+      k_stride == 1 ? PackAlong<T>(p, row_stride, lanes, k, to) : PackAcross<T>(p, k_stride, lanes, k, to);
     }
   }
 }

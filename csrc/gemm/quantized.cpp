@@ -30,19 +30,33 @@ PEAK_INLINE Vec Activated(int activation, Vec v) {
   }
 }
 
+PEAK_INLINE Vec LoadBias(const QuantizedArgs& args, int64_t j, int64_t n) {
+  return args.dtype == DType::kFloat32 ? Load(static_cast<const float*>(args.bias) + j, n)
+                                       : Load(static_cast<const bf16*>(args.bias) + j, n);
+}
+
 // Finishes `rows` rows of `width` sums and writes them to y from (row, column) on, as far as y reaches.
-template <class T, class Out>
+template <class T>
 void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = std::min(width, args.n - column);
   for (int64_t i = 0; i < std::min(rows, args.rows - row); ++i, sums += width) {
-    Out* y = static_cast<Out*>(args.y) + (row + i) * args.y_row + column;
+    T* y = static_cast<T*>(args.y) + (row + i) * args.y_row + column;
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec v = Load(sums + j);
       if (!HasBlockScales(args)) v = v * Load(static_cast<const float*>(args.scale) + column + j, columns - j);
-      if (args.bias != nullptr) v = v + Load(static_cast<const T*>(args.bias) + column + j, columns - j);
+      if (args.bias != nullptr) v = v + LoadBias(args, column + j, columns - j);
       if (args.pre != nullptr) Store(static_cast<T*>(args.pre) + (row + i) * args.n + column + j, v, columns - j);
       Store(y + j, Activated<T>(args.activation, v), columns - j);
     }
+  }
+}
+
+// Requests the memory that Finish writes: its rows arrive while a tile is computed.
+template <class T>
+PEAK_INLINE void PrefetchOutputs(const QuantizedArgs& args, int64_t width, int64_t row, int64_t rows, int64_t column) {
+  for (int64_t i = 0; i < std::min(rows, args.rows - row); ++i) {
+    const T* const y = static_cast<const T*>(args.y) + (row + i) * args.y_row + column;
+    for (int64_t j = 0; j < width; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(y + j, 1);
   }
 }
 
@@ -50,9 +64,9 @@ template <class T, class Weight, int kRows, int kPanels>
 void MultiplyTile(const QuantizedArgs& args, const QuantizedLayout& layout, const TileArgs& tile, int64_t row,
                   int64_t column) {
   alignas(64) float sums[kRows * kPanels * kPanelOutputs];
+  PrefetchOutputs<T>(args, kPanels * kPanelOutputs, row, kRows, column);
   Tile<Weight, kRows, kPanels>(tile, layout.blocks, args.block / 4, layout.quads, sums);
-  args.float32_out ? Finish<T, float>(args, sums, kPanels * kPanelOutputs, row, kRows, column)
-                   : Finish<T, T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
+  Finish<T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
 }
 
 // Multiplies the rows of one tile of x by kPanels panels.
@@ -160,11 +174,11 @@ int64_t QuantizedScratch(const QuantizedArgs& args, int threads) {
 }
 
 void QuantizeInputs(const QuantizedArgs& args, int64_t begin, int64_t end, void* inputs) {
-  PEAK_PICK_DTYPE(args.dtype, QuantizeBlocks)(args, QuantizedLayout(args, inputs), begin, end);
+  PEAK_PICK_DTYPE(RowsDType(args), QuantizeBlocks)(args, QuantizedLayout(args, inputs), begin, end);
 }
 
 void MultiplyQuantized(const QuantizedArgs& args, int64_t begin, int64_t end, void* inputs, void* unpacked) {
-  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
+  const auto multiply = PEAK_PICK_DTYPE(RowsDType(args), MultiplyPanels);
   multiply(args, QuantizedLayout(args, inputs), begin, end, static_cast<uint8_t*>(unpacked));
 }
 

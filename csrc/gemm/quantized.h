@@ -33,7 +33,7 @@ constexpr uint8_t kQuantizedLevels[4][16] = {
 };
 
 struct QuantizedMatrix {
-  DType dtype;  // of x, bias and y
+  DType dtype;  // of bias, x and y
   int bits;     // of a weight: 8 or 4
   int64_t n, k;
   int64_t block;  // inputs that share a scale of x, and one of W if it has several: a multiple of 8 up to kMaxBlock
@@ -61,11 +61,13 @@ struct QuantizedArgs : QuantizedMatrix {
   int64_t y_row;
   const void* bias = nullptr;  // (n)
   int activation = -1;         // an Activation (gemm/gemm.h), or -1
-  bool float32_out = false;    // y is float32 whatever the dtype is
+  bool float32_rows = false;   // x, y and pre are float32 whatever the dtype is
   void* pre = nullptr;         // (rows, n): written if given, y before the activation
 };
 PEAK_FIELDS(QuantizedArgs, rows, x, x_row, y, y_row)
-PEAK_OPTIONAL_FIELDS(QuantizedArgs, bias, activation, float32_out, pre)
+PEAK_OPTIONAL_FIELDS(QuantizedArgs, bias, activation, float32_rows, pre)
+
+inline DType RowsDType(const QuantizedArgs& args) { return args.float32_rows ? DType::kFloat32 : args.dtype; }
 
 void LinearQuantized(const QuantizedArgs& args, int threads);
 

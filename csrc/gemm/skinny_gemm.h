@@ -72,7 +72,7 @@ void SkinnyAlong(const GemmArgs& args, int64_t depth, const float* a, int64_t be
         SkinnySums<T, kM>(slots, b, args.b_col, lanes, k, std::min(depth, args.k - k), tile + j);
       }
     }
-    for (int64_t i = 0; i < kM; i += kRows) FinishTile<T>(args, tile + i * kColumns, i, column);
+    for (int64_t i = 0; i < kM; i += kRows) FinishTile(args, tile + i * kColumns, i, column);
   }
 }
 
@@ -84,7 +84,7 @@ PEAK_INLINE void AddAcross(const float* a, const T* b, int64_t stride, int64_t c
     float* at = sums + j / kColumns * kM * kColumns + j % kColumns;
     Vec right[kSlots];
     for (int64_t s = 0; s < kSlots; ++s) {
-      right[s] = GatherSlots(b + s * kStep * stride + j, stride, columns - j, left - s * kStep);
+      right[s] = GatherSlots<T>(b + s * kStep * stride + j, stride, columns - j, left - s * kStep);
       for (int64_t k = 0; k < kStep; ++k) __builtin_prefetch(b + (kSkinnyAhead + s * kStep + k) * stride + j, 0, 2);
     }
     for (int64_t i = 0; i < kM; ++i) {
@@ -117,7 +117,7 @@ void SkinnyAcross(const GemmArgs& args, int64_t depth, const float* a, int64_t b
       for (; at < stop; at += kStep) AddAcross<T, kM, 1>(slots(), rows(), args.b_k, columns, stop - at, sums);
       for (int64_t i = 0; k > 0 && i < kSums; i += kLanes) Store(total + i, Load(total + i) + Load(block + i));
     }
-    for (int64_t j = 0; j < columns; j += kColumns) FinishTile<T>(args, total + j * kM, 0, column + j);
+    for (int64_t j = 0; j < columns; j += kColumns) FinishTile(args, total + j * kM, 0, column + j);
   }
 }
 

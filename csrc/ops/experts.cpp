@@ -70,18 +70,8 @@ void HiddenRowsOf(const HiddenBackwardArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void MultiplyRange(const void* x, int64_t begin, int64_t end, void* y) {
-  T* out = static_cast<T*>(y);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = end - i;
-    Store(out + i, Load(static_cast<const T*>(x) + i, n) * Load(out + i, n), n);
-  }
-}
-
-template <class T>
-void WidenRange(const void* x, int64_t begin, int64_t end, float* out) {
-  for (int64_t i = begin; i < end; i += kLanes) Store(out + i, Load(static_cast<const T*>(x) + i, end - i), end - i);
+void MultiplyRange(const float* x, int64_t begin, int64_t end, float* y) {
+  for (int64_t i = begin; i < end; i += kLanes) Store(y + i, Load(x + i, end - i) * Load(y + i, end - i), end - i);
 }
 
 #else
@@ -162,14 +152,9 @@ void HiddenBackward(const HiddenBackwardArgs& args, int threads) {
                  [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
-void MultiplyElements(DType dtype, const void* x, int64_t count, void* y, int threads) {
-  const auto multiply = PEAK_PICK_DTYPE(dtype, MultiplyRange);
+void MultiplyElements(const float* x, int64_t count, float* y, int threads) {
+  const auto multiply = PEAK_PICK(MultiplyRange);
   ParallelRanges(count, kGrainBytes / 4, threads, [&](int64_t begin, int64_t end) { multiply(x, begin, end, y); });
-}
-
-void Widen(DType dtype, const void* x, int64_t count, float* out, int threads) {
-  const auto widen = PEAK_PICK_DTYPE(dtype, WidenRange);
-  ParallelRanges(count, kGrainBytes / 4, threads, [&](int64_t begin, int64_t end) { widen(x, begin, end, out); });
 }
 
 }  // namespace peak

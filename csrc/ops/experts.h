@@ -82,10 +82,7 @@ PEAK_OPTIONAL_FIELDS(HiddenBackwardArgs, gate, dgate, hidden)
 void HiddenBackward(const HiddenBackwardArgs& args, int threads);
 
 // y = x y, element by element.
-void MultiplyElements(DType dtype, const void* x, int64_t count, void* y, int threads);
-
-// out = x in float32.
-void Widen(DType dtype, const void* x, int64_t count, float* out, int threads);
+void MultiplyElements(const float* x, int64_t count, float* y, int threads);
 
 }  // namespace peak
 

@@ -278,7 +278,9 @@ template <class X, class W>
 void Widen(const void* in, int64_t width, float* out) {
   const W* from = static_cast<const W*>(in);
   int64_t i = 0;
-  if (sizeof(X) == sizeof(W)) {
+  if (sizeof(X) == 4) {
+    for (; i < width; i += kLanes) Store(out + i, Load(from + i, width - i), width - i);
+  } else if (sizeof(X) == sizeof(W)) {
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) StoreTwo(out + i, LoadTwo(from + i));
   }
   for (; i < width; ++i) Store(out + PermutedIndex<X>(i, width), Load(from + i, 1), 1);

@@ -20,6 +20,7 @@ GroupedGemmArgs DenseExperts::Completed(const GemmArgs& args) const {
   product.b_group = matrix_.w_group;
   product.grouping = Grouping::kRows;
   product.groups = matrix_.experts;
+  product.float32_rows = true;
   return product;
 }
 
@@ -56,6 +57,7 @@ QuantizedArgs QuantizedExperts::Completed(const GemmArgs& args, const int64_t* o
   GroupedGemmArgs all{};
   static_cast<GemmArgs&>(all) = args;
   all.dtype = matrix_.dtype;
+  all.float32_rows = true;
   all.n = matrix_.n;
   all.offsets = offsets;
   QuantizedMatrix matrix = matrix_;
@@ -95,7 +97,7 @@ void QuantizedExperts::Multiply(const GemmArgs& args, const int64_t* offsets, ch
 
 namespace {
 
-GemmArgs Product(int64_t rows, const void* a, int64_t k, void* c, int64_t n, DType out_dtype, const void* bias) {
+GemmArgs Product(int64_t rows, const float* a, int64_t k, float* c, int64_t n, const void* bias) {
   GemmArgs args{};
   args.m = rows;
   args.a = a;
@@ -103,7 +105,7 @@ GemmArgs Product(int64_t rows, const void* a, int64_t k, void* c, int64_t n, DTy
   args.a_k = 1;
   args.c = c;
   args.c_row = n;
-  args.out_dtype = out_dtype;
+  args.out_dtype = DType::kFloat32;
   args.bias = bias;
   return args;
 }
@@ -115,23 +117,20 @@ void Activate(GemmArgs& args, Epilogue epilogue, Activation activation) {
 
 }  // namespace
 
-ExpertsRun::ExpertsRun(const ExpertsStep& step, DType dtype, int64_t rows, const Weight& router,
-                       const ExpertWeights* gate, const ExpertWeights& up, const ExpertWeights& down, int threads,
-                       void* memory)
-    : step_(step), dtype_(dtype), rows_(rows), choices_(rows * step.choices), threads_(threads) {
+ExpertsRun::ExpertsRun(const ExpertsStep& step, int64_t rows, const Weight& router, const ExpertWeights* gate,
+                       const ExpertWeights& up, const ExpertWeights& down, int threads, void* memory)
+    : step_(step), rows_(rows), choices_(rows * step.choices), threads_(threads) {
   Arena arena(memory);
-  const int64_t size = SizeOf(dtype), hidden = choices_ * up.n * size;
-  wide_ = arena.Take<float>(rows * up.k);
   logits_ = arena.Take<float>(rows * step.experts);
   weights_ = arena.Take<float>(choices_);
   ids_ = arena.Take<int64_t>(choices_);
   order_ = arena.Take<int64_t>(choices_);
   position_ = arena.Take<int64_t>(choices_);
   offsets_ = arena.Take<int64_t>(step.experts + 1);
-  sorted_ = arena.Take<char>(choices_ * up.k * size);
-  gate_ = arena.Take<char>(gate == nullptr ? 0 : hidden);
-  hidden_ = arena.Take<char>(hidden);
-  results_ = arena.Take<char>(choices_ * down.n * size);
+  sorted_ = arena.Take<float>(choices_ * up.k);
+  gate_ = arena.Take<float>(gate == nullptr ? 0 : choices_ * up.n);
+  hidden_ = arena.Take<float>(choices_ * up.n);
+  results_ = arena.Take<float>(choices_ * down.n);
   int64_t product = std::max(router.ScratchBytes(rows, threads), up.ScratchBytes(choices_, threads));
   product = std::max(product, down.ScratchBytes(choices_, threads));
   if (gate != nullptr) product = std::max(product, gate->ScratchBytes(choices_, threads));
@@ -139,23 +138,22 @@ ExpertsRun::ExpertsRun(const ExpertsStep& step, DType dtype, int64_t rows, const
   bytes_ = arena.used();
 }
 
-void ExpertsRun::Route(const Weight& router, const char* x) const {
-  Widen(dtype_, x, rows_ * router.k, wide_, threads_);
-  GemmArgs args = Product(rows_, wide_, router.k, logits_, router.n, DType::kFloat32, step_.router_bias);
+void ExpertsRun::Route(const Weight& router, const float* x) const {
+  const GemmArgs args = Product(rows_, x, router.k, logits_, router.n, step_.router_bias);
   router.Multiply(args, scratch_, threads_);
   peak::Route({rows_, step_.experts, step_.choices, logits_, step_.normalize, ids_, weights_}, threads_);
   SortChoices({choices_, step_.experts, ids_, order_, position_, offsets_}, threads_);
-  GatherChoices({dtype_, choices_, step_.choices, router.k, x, order_, sorted_}, threads_);
+  GatherChoices({DType::kFloat32, choices_, step_.choices, router.k, x, order_, sorted_}, threads_);
 }
 
 void ExpertsRun::Hidden(const ExpertWeights* gate, const ExpertWeights& up) const {
   const bool fused = gate == nullptr || up.HasGate();
   if (gate != nullptr) {
-    GemmArgs args = Product(choices_, sorted_, gate->k, gate_, gate->n, dtype_, step_.gate_bias);
+    GemmArgs args = Product(choices_, sorted_, gate->k, gate_, gate->n, step_.gate_bias);
     if (!fused) Activate(args, Epilogue::kActivate, step_.activation);
     gate->Multiply(args, offsets_, scratch_, threads_);
   }
-  GemmArgs args = Product(choices_, sorted_, up.k, hidden_, up.n, dtype_, step_.up_bias);
+  GemmArgs args = Product(choices_, sorted_, up.k, hidden_, up.n, step_.up_bias);
   args.gate = gate_;
   if (fused) {
     Activate(args, gate == nullptr ? Epilogue::kActivate : Epilogue::kGate, step_.activation);
@@ -164,13 +162,13 @@ void ExpertsRun::Hidden(const ExpertWeights* gate, const ExpertWeights& up) cons
   }
   up.Multiply(args, offsets_, scratch_, threads_);
   if (fused) return;
-  MultiplyElements(dtype_, gate_, choices_ * up.n, hidden_, threads_);
+  MultiplyElements(gate_, choices_ * up.n, hidden_, threads_);
 }
 
-void ExpertsRun::Combine(const ExpertWeights& down, char* out) const {
-  const GemmArgs args = Product(choices_, hidden_, down.k, results_, down.n, dtype_, step_.down_bias);
+void ExpertsRun::Combine(const ExpertWeights& down, float* out) const {
+  const GemmArgs args = Product(choices_, hidden_, down.k, results_, down.n, step_.down_bias);
   down.Multiply(args, offsets_, scratch_, threads_);
-  CombineChoices({dtype_, rows_, step_.choices, down.n, results_, position_, out, weights_}, threads_);
+  CombineChoices({DType::kFloat32, rows_, step_.choices, down.n, results_, position_, out, weights_}, threads_);
 }
 
 }  // namespace peak

@@ -19,7 +19,7 @@ class ExpertWeights {
   virtual ~ExpertWeights() = default;
   virtual int64_t ScratchBytes(int64_t rows, int threads) const = 0;
   // c = epilogue(a w[e]^T) for the rows offsets[e] to offsets[e + 1] of each expert e. args holds m, a, c and the
-  // epilogue with a bias (experts, n). For a team (base/parallel.h).
+  // epilogue with a bias (experts, n); all but the bias are float32. For a team (base/parallel.h).
   virtual void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch, int threads) const = 0;
   // Whether Multiply has Epilogue::kGate.
   virtual bool HasGate() const = 0;
@@ -81,23 +81,22 @@ PEAK_OPTIONAL_FIELDS(ExpertsStep, router_bias, gate_bias, up_bias, down_bias)
 class ExpertsRun {
  public:
   // Without `memory` only `bytes` is valid.
-  ExpertsRun(const ExpertsStep& step, DType dtype, int64_t rows, const Weight& router, const ExpertWeights* gate,
+  ExpertsRun(const ExpertsStep& step, int64_t rows, const Weight& router, const ExpertWeights* gate,
              const ExpertWeights& up, const ExpertWeights& down, int threads, void* memory);
   int64_t bytes() const { return bytes_; }
 
   // The calls, in this order, for a team.
-  void Route(const Weight& router, const char* x) const;
+  void Route(const Weight& router, const float* x) const;
   void Hidden(const ExpertWeights* gate, const ExpertWeights& up) const;
-  void Combine(const ExpertWeights& down, char* out) const;
+  void Combine(const ExpertWeights& down, float* out) const;
 
  private:
   const ExpertsStep& step_;
-  DType dtype_;
   int64_t rows_, choices_;
   int threads_;
-  float *wide_, *logits_, *weights_;
+  float *logits_, *weights_, *sorted_, *gate_, *hidden_, *results_;
   int64_t *ids_, *order_, *position_, *offsets_;
-  char *sorted_, *gate_, *hidden_, *results_, *scratch_;
+  char* scratch_;
   int64_t bytes_;
 };
 

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "attention/cache_attention.h"
-#include "ops/embedding.h"
 #include "ops/norm.h"
 #include "ops/qk_norm.h"
 #include "ops/rotary.h"
@@ -25,26 +24,34 @@ void FinishRange(float* logits, float scale, float softcap, int64_t begin, int64
   }
 }
 
-template <class T>
-void CombineRange(const void* x, const void* y, void* out, bool product, int64_t begin, int64_t end) {
+void CombineRange(const float* x, const float* y, float* out, bool product, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes) {
     const int64_t n = end - i;
-    const Vec a = Load(static_cast<const T*>(x) + i, n), b = Load(static_cast<const T*>(y) + i, n);
-    Store(static_cast<T*>(out) + i, product ? a * b : a + b, n);
+    const Vec a = Load(x + i, n), b = Load(y + i, n);
+    Store(out + i, product ? a * b : a + b, n);
   }
 }
 
 template <class T>
-void ScaleRange(void* x, float scale, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    T* const at = static_cast<T*>(x) + i;
-    Store(at, Load(at, end - i) * Set(scale), end - i);
+void EmbedRows(const EmbedStep& step, const PassArgs& pass, int64_t width, float* out, int64_t begin, int64_t end) {
+  const Vec scale = Set(step.scale);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* token = static_cast<const T*>(step.wte) + pass.ids[row] * step.wte_stride;
+    const T* position = nullptr;
+    if (step.wpe != nullptr) position = static_cast<const T*>(step.wpe) + pass.positions[row] * step.wpe_stride;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = width - i;
+      const Vec v = Load(token + i, n) * scale;
+      Store(out + row * width + i, position == nullptr ? v : v + Load(position + i, n), n);
+    }
   }
 }
 
 #else
 
 namespace peak {
+
+constexpr int64_t kFloatBytes = sizeof(float);
 
 // ---------------------------------------------------------------------------------------------------------- weights
 GemmArgs DenseWeight::Completed(GemmArgs args) const {
@@ -54,13 +61,14 @@ GemmArgs DenseWeight::Completed(GemmArgs args) const {
   args.b = matrix_.w;
   args.b_col = matrix_.w_row;
   args.b_k = 1;
+  args.float32_rows = true;
   return args;
 }
 
 int64_t DenseWeight::ScratchBytes(int64_t rows, int threads) const {
   GemmArgs args{};
   args.m = rows;
-  return GemmScratch(Completed(args), threads) * static_cast<int64_t>(sizeof(float));
+  return GemmScratch(Completed(args), threads) * kFloatBytes;
 }
 
 void DenseWeight::Multiply(const GemmArgs& args, char* scratch, int threads) const {
@@ -77,7 +85,7 @@ QuantizedArgs QuantizedProduct(const QuantizedMatrix& matrix, const GemmArgs& ar
   product.activation = args.epilogue == Epilogue::kActivate ? static_cast<int>(args.activation) : -1;
   product.y = args.c;
   product.y_row = args.c_row;
-  product.float32_out = args.out_dtype == DType::kFloat32;
+  product.float32_rows = true;
   return product;
 }
 
@@ -95,7 +103,7 @@ void QuantizedWeight::Multiply(const GemmArgs& args, char* scratch, int threads)
 // The state of a pass that its steps read.
 struct Program::State {
   const PassArgs& pass;
-  std::vector<char*> buffers;
+  std::vector<float*> buffers;
   char* scratch;
   int threads;
 };
@@ -107,33 +115,19 @@ int Program::Buffer(int64_t width) {
 
 void Program::Embed(const EmbedStep& step) {
   steps_.push_back([=, dtype = dtype_, width = widths_[step.out]](const State& s) {
-    EmbeddingForwardArgs args{};
-    args.dtype = dtype;
-    args.batch = 1;
-    args.tokens = s.pass.rows;
-    args.width = width;
-    args.ids = s.pass.ids;
-    args.wte = step.wte;
-    args.wte_stride = step.wte_stride;
-    args.wpe = step.wpe;
-    args.wpe_stride = step.wpe_stride;
-    args.positions = s.pass.positions;
-    args.out = s.buffers[step.out];
-    EmbeddingForward(args, s.threads);
-    if (step.scale == 1.0f) return;
-    const auto scale = PEAK_PICK_DTYPE(dtype, ScaleRange);
-    ParallelRanges(s.pass.rows * width, kGrainBytes / SizeOf(dtype), s.threads, [&](int64_t begin, int64_t end) {
-      scale(args.out, step.scale, begin, end);
+    const auto embed = PEAK_PICK_DTYPE(dtype, EmbedRows);
+    ParallelRanges(s.pass.rows, GrainRows(width * kFloatBytes), s.threads, [&](int64_t begin, int64_t end) {
+      embed(step, s.pass, width, s.buffers[step.out], begin, end);
     });
   });
 }
 
 void Program::Norm(const NormStep& step) {
-  steps_.push_back([=, dtype = dtype_, width = widths_[step.x], selected = selected_](const State& s) {
+  steps_.push_back([=, width = widths_[step.x], selected = selected_](const State& s) {
     const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
     float* const statistics = reinterpret_cast<float*>(s.scratch);
     NormForwardArgs args{};
-    args.dtype = dtype;
+    args.dtype = DType::kFloat32;
     args.w_dtype = step.w_dtype;
     args.rows = rows;
     args.width = width;
@@ -153,7 +147,7 @@ void Program::Norm(const NormStep& step) {
     NormForward(args, s.threads);
   });
   scratch_bytes_.push_back([](const PassArgs& pass, int) {
-    return 2 * pass.rows * static_cast<int64_t>(sizeof(float));
+    return 2 * pass.rows * kFloatBytes;
   });
 }
 
@@ -161,16 +155,15 @@ void Program::Linear(const LinearStep& step, std::shared_ptr<Weight> weight) {
   scratch_bytes_.push_back([weight, selected = selected_](const PassArgs& pass, int threads) {
     return weight->ScratchBytes(selected ? pass.logit_rows : pass.rows, threads);
   });
-  const int64_t width = widths_[step.x];
-  steps_.push_back([=, dtype = dtype_, selected = selected_](const State& s) {
+  steps_.push_back([=, width = widths_[step.x], selected = selected_](const State& s) {
     if (step.out < 0 && s.pass.logits == nullptr) return;
     GemmArgs args{};
     args.m = selected ? s.pass.logit_rows : s.pass.rows;
     args.a = s.buffers[step.x];
     args.a_row = width;
     args.a_k = 1;
-    args.c = step.out < 0 ? static_cast<void*>(s.pass.logits) : s.buffers[step.out];
-    args.out_dtype = step.out < 0 ? DType::kFloat32 : dtype;
+    args.c = step.out < 0 ? s.pass.logits : s.buffers[step.out];
+    args.out_dtype = DType::kFloat32;
     args.c_row = weight->n;
     args.epilogue = step.epilogue;
     args.bias = step.bias;
@@ -181,9 +174,9 @@ void Program::Linear(const LinearStep& step, std::shared_ptr<Weight> weight) {
 }
 
 void Program::Rotary(const RotaryStep& step) {
-  steps_.push_back([=, dtype = dtype_, heads = widths_[step.x] / step.width](const State& s) {
+  steps_.push_back([=, heads = widths_[step.x] / step.width](const State& s) {
     RotaryArgs args{};
-    args.dtype = dtype;
+    args.dtype = DType::kFloat32;
     args.batch = 1;
     args.tokens = s.pass.rows;
     args.heads = heads;
@@ -201,9 +194,9 @@ void Program::Rotary(const RotaryStep& step) {
 }
 
 void Program::QKNorm(const QKNormStep& step) {
-  steps_.push_back([=, dtype = dtype_, row = widths_[step.x]](const State& s) {
+  steps_.push_back([=, row = widths_[step.x]](const State& s) {
     QKNormForwardArgs args{};
-    args.dtype = dtype;
+    args.dtype = DType::kFloat32;
     args.w_dtype = step.w_dtype;
     args.batch = 1;
     args.tokens = s.pass.rows;
@@ -228,8 +221,8 @@ void Program::QKNorm(const QKNormStep& step) {
 
 void Program::Attention(const AttentionStep& step) {
   steps_.push_back([=, dtype = dtype_](const State& s) {
-    const char* qkv = s.buffers[step.x];
-    const int64_t head_bytes = step.width * SizeOf(dtype), layer = step.layer * s.pass.layer_bytes;
+    const float* qkv = s.buffers[step.x];
+    const int64_t layer = step.layer * s.pass.layer_bytes;
     CacheAttentionArgs args{};
     args.dtype = dtype;
     args.heads = step.heads;
@@ -241,8 +234,8 @@ void Program::Attention(const AttentionStep& step) {
     args.tables = s.pass.tables;
     args.table_row = s.pass.table_row;
     args.q = qkv;
-    args.k = qkv + step.heads * head_bytes;
-    args.v = qkv + (step.heads + step.kv_heads) * head_bytes;
+    args.k = qkv + step.heads * step.width;
+    args.v = qkv + (step.heads + step.kv_heads) * step.width;
     args.q_row = (step.heads + 2 * step.kv_heads) * step.width;
     args.int8_cache = s.pass.int8_cache;
     args.keys = static_cast<char*>(s.pass.keys) + layer;
@@ -261,21 +254,20 @@ void Program::Attention(const AttentionStep& step) {
 }
 
 void Program::Combine(const CombineStep& step) {
-  steps_.push_back([=, dtype = dtype_, width = widths_[step.x], selected = selected_](const State& s) {
+  steps_.push_back([=, width = widths_[step.x], selected = selected_](const State& s) {
     const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
-    const auto combine = PEAK_PICK_DTYPE(dtype, CombineRange);
-    ParallelRanges(rows * width, kGrainBytes / SizeOf(dtype), s.threads, [&](int64_t begin, int64_t end) {
+    const auto combine = PEAK_PICK(CombineRange);
+    ParallelRanges(rows * width, kGrainBytes / kFloatBytes, s.threads, [&](int64_t begin, int64_t end) {
       combine(s.buffers[step.x], s.buffers[step.y], s.buffers[step.out], step.product, begin, end);
     });
   });
 }
 
 void Program::SelectRows(const SelectStep& step) {
-  const int64_t bytes = widths_[step.x] * SizeOf(dtype_);
-  steps_.push_back([=](const State& s) {
-    ParallelRanges(s.pass.logit_rows, GrainRows(bytes), s.threads, [&](int64_t begin, int64_t end) {
+  steps_.push_back([=, width = widths_[step.x]](const State& s) {
+    ParallelRanges(s.pass.logit_rows, GrainRows(width * kFloatBytes), s.threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        std::memcpy(s.buffers[step.out] + i * bytes, s.buffers[step.x] + s.pass.selected[i] * bytes, bytes);
+        std::copy_n(s.buffers[step.x] + s.pass.selected[i] * width, width, s.buffers[step.out] + i * width);
       }
     });
   });
@@ -283,13 +275,11 @@ void Program::SelectRows(const SelectStep& step) {
 }
 
 void Program::Hidden(const HiddenStep& step) {
-  const int64_t bytes = widths_[step.x] * SizeOf(dtype_);
-  steps_.push_back([=, selected = selected_](const State& s) {
+  steps_.push_back([=, width = widths_[step.x], selected = selected_](const State& s) {
     const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
-    char* const out = static_cast<char*>(s.pass.hidden);
-    if (out == nullptr) return;
-    ParallelRanges(rows, GrainRows(bytes), s.threads, [&](int64_t begin, int64_t end) {
-      std::memcpy(out + begin * bytes, s.buffers[step.x] + begin * bytes, (end - begin) * bytes);
+    if (s.pass.hidden == nullptr) return;
+    ParallelRanges(rows, GrainRows(width * kFloatBytes), s.threads, [&](int64_t begin, int64_t end) {
+      std::copy_n(s.buffers[step.x] + begin * width, (end - begin) * width, s.pass.hidden + begin * width);
     });
   });
 }
@@ -299,7 +289,7 @@ void Program::FinishLogits(const LogitsStep& step) {
     if (s.pass.logits == nullptr) return;
     const auto finish = PEAK_PICK(FinishRange);
     const int64_t count = s.pass.logit_rows * step.vocabulary;
-    ParallelRanges(count, kGrainBytes / 4, s.threads, [&](int64_t begin, int64_t end) {
+    ParallelRanges(count, kGrainBytes / kFloatBytes, s.threads, [&](int64_t begin, int64_t end) {
       finish(s.pass.logits, step.scale, step.softcap, begin, end);
     });
   });
@@ -307,9 +297,9 @@ void Program::FinishLogits(const LogitsStep& step) {
 
 void Program::Experts(const ExpertsStep& step, std::shared_ptr<Weight> router, std::shared_ptr<ExpertWeights> gate,
                       std::shared_ptr<ExpertWeights> up, std::shared_ptr<ExpertWeights> down) {
-  const auto make_run = [=, dtype = dtype_, selected = selected_](const PassArgs& pass, int threads, void* memory) {
+  const auto make_run = [=, selected = selected_](const PassArgs& pass, int threads, void* memory) {
     const int64_t rows = selected ? pass.logit_rows : pass.rows;
-    return ExpertsRun(step, dtype, rows, *router, gate.get(), *up, *down, threads, memory);
+    return ExpertsRun(step, rows, *router, gate.get(), *up, *down, threads, memory);
   };
   scratch_bytes_.push_back([=](const PassArgs& pass, int threads) { return make_run(pass, threads, nullptr).bytes(); });
   steps_.push_back([=](const State& s) {
@@ -326,7 +316,7 @@ void Program::Run(const PassArgs& pass, int threads) {
   for (const auto& bytes : scratch_bytes_) scratch_bytes = std::max(scratch_bytes, bytes(pass, threads));
   const auto place = [&](Arena& arena) {
     State state{pass, {}, arena.Take<char>(scratch_bytes), threads};
-    for (const int64_t width : widths_) state.buffers.push_back(arena.Take<char>(pass.rows * width * SizeOf(dtype_)));
+    for (const int64_t width : widths_) state.buffers.push_back(arena.Take<float>(pass.rows * width));
     return state;
   };
   Arena counted;

@@ -3,6 +3,10 @@
 //
 // A row is a token; the tokens of the sequences follow one another. The result of a step for a row depends on this row
 // and on the past of its sequence only, to the last bit.
+//
+// Every buffer is float32, whatever the dtype of the weights is: the residual stream, the results of norms, products and
+// attention, and the logits. Only the operands of products are rounded, where they are packed (gemm/gemm.h) or quantized
+// (gemm/quantized.h), and keys and values, by the cache (attention/cache_attention.h).
 #ifndef PEAK_PROGRAM_H_
 #define PEAK_PROGRAM_H_
 
@@ -39,7 +43,7 @@ struct PassArgs {
   int64_t logit_rows;       // number of rows whose logits are computed
   const int64_t* selected;  // (logit_rows): their row numbers
   float* logits;            // (logit_rows, vocabulary), or null: then the head does not run
-  void* hidden = nullptr;   // (logit_rows, width): what the head reads, or null
+  float* hidden = nullptr;  // (logit_rows, width): what the head reads, or null
 };
 PEAK_FIELDS(PassArgs, rows, ids, positions, sequences, begins, past, tables, table_row, int8_cache, keys, values,
             layer_bytes, logit_rows, selected, logits)
@@ -51,7 +55,7 @@ class Weight {
   Weight(int64_t n_, int64_t k_) : n(n_), k(k_) {}
   virtual ~Weight() = default;
   virtual int64_t ScratchBytes(int64_t rows, int threads) const = 0;
-  // c = epilogue(a w^T), for a team (base/parallel.h). args holds m, a, c and the epilogue.
+  // c = epilogue(a w^T), for a team (base/parallel.h). args holds m, a, c and the epilogue; all but the bias are float32.
   virtual void Multiply(const GemmArgs& args, char* scratch, int threads) const = 0;
   const int64_t n, k;
 };
@@ -101,7 +105,7 @@ struct EmbedStep {
   int64_t wte_stride;
   const void* wpe = nullptr;
   int64_t wpe_stride = 0;
-  float scale = 1.0f;  // a number of the program's dtype
+  float scale = 1.0f;
 };
 PEAK_FIELDS(EmbedStep, out, wte, wte_stride)
 PEAK_OPTIONAL_FIELDS(EmbedStep, wpe, wpe_stride, scale)
@@ -202,9 +206,10 @@ PEAK_FIELDS(LogitsStep, vocabulary, scale, softcap)
 
 class Program {
  public:
+  // dtype: of the embedding tables and of the KV cache.
   explicit Program(DType dtype) : dtype_(dtype) {}
 
-  // Adds a buffer with rows of `width` elements; returns its number.
+  // Adds a buffer with rows of `width` floats; returns its number.
   int Buffer(int64_t width);
 
   void Embed(const EmbedStep& step);

@@ -18,6 +18,8 @@
 //   LoadTransposed(p, stride, rows)  Transpose of kLanes rows of LoadWords, `stride` elements apart
 //   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
+//   LoadPairs(p, n)            at most 2*kLanes elements, the others 0; if DotPairs is one instruction also of floats
+//   ZipPairs(even, odd, n)     n pairs of two rows, of bf16 or floats; an odd of null is 0. Where DotPairs is one instruction
 //   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
 //   StorePairs(p, pairs)       2*kLanes elements
 //   Many<N>  Two = Many<2>     N Vecs with the same operations: + - * Max Min Fma Fnma Exp2 Reciprocal
@@ -234,6 +236,16 @@ PEAK_INLINE void LoadTransposed(const T* p, int64_t stride, Vec* rows) {
 #endif
 
 #if PEAK_ISA == PEAK_AVX512BF16
+PEAK_INLINE Pairs LoadPairs(const float* p, int64_t n) {
+  const Vec low = Load(p, n), high = n > kLanes ? Load(p + kLanes, n - kLanes) : Set(0.0f);
+  const __m512bh halves = _mm512_cvtne2ps_pbh(high.v, low.v);
+  Pairs pairs;
+  std::memcpy(&pairs, &halves, sizeof(pairs));
+  return pairs;
+}
+PEAK_INLINE Pairs ZipPairs(const float* even, const float* odd, int64_t n) {
+  return PackPairs(Load(even, n), odd == nullptr ? Set(0.0f) : Load(odd, n));
+}
 PEAK_INLINE Pairs ZipPairs(const bf16* even, const bf16* odd, int64_t n) {
   const __mmask16 lanes = PartMask(n < 16 ? n : 16);
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));

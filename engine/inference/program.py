@@ -2,6 +2,8 @@
 
 The instructions are the layers of engine/model/block.py, for the same config. In the last block, all layers after
 attention are computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
+
+Everything between two products is float32, in bfloat16 models too. docs/cpu.md says what is rounded.
 """
 
 from __future__ import annotations
@@ -192,7 +194,7 @@ class ModelProgram:
                              "c_proj": (c.n_embd, c.expert_inner)}.items():  # fmt: skip
             if name in mlps._modules:
                 _require(f"experts.{name}", _stacked_sizes(mlps._modules[name]), (c.experts, n, k))
-        biases = {f"{name}_bias": self._hold(None if part is None or part.bias is None else part.bias.contiguous())
+        biases = {f"{name}_bias": self._bias(part)
                   for name, part in (("gate", gate), ("up", mlps.c_fc), ("down", mlps.c_proj))}  # fmt: skip
         router_bias = None if router.bias is None else self._hold(router.bias.detach().float())
         self.program.experts(
@@ -232,10 +234,19 @@ class ModelProgram:
         expected = self.config.vocab_size if out == LOGITS else self.widths[out], self.widths[source]
         _require(f"the {type(layer).__name__} of {out!r}", _sizes(layer), expected)
         weight = self._quantized(layer) if isinstance(layer, QuantizedLinear) else self._dense(layer.weight.detach())
-        bias = self._hold(getattr(layer, "bias", None))
         self.program.linear(weight=weight, x=self.buffers[source], out=out if out == LOGITS else self.buffers[out],
-                            bias=bias, epilogue=epilogue, activation=activation,
+                            bias=self._bias(layer), epilogue=epilogue, activation=activation,
                             gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
+
+    def _bias(self, layer: nn.Module | None) -> Tensor | None:
+        """Return the bias of a layer, in the dtype of its weight, or the program's if the weight is quantized."""
+        bias = getattr(layer, "bias", None)
+        if bias is None:
+            return None
+        dtype = layer.weight.dtype if layer.weight.is_floating_point() else self.dtype
+        if bias.dtype != dtype:
+            raise NotImplementedError(f"C++ program: supports biases in {dtype}, as the weights, got {bias.dtype}")
+        return self._hold(bias.contiguous())
 
     def _dense(self, w: Tensor) -> object:
         return _C.DenseWeight(**_matrix(w), w=self._hold(w), w_row=w.stride(0))

@@ -44,7 +44,7 @@ class ProgramExecutor:
 
     def hidden_states(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks without the head; see Executor.hidden_states."""
-        return self._run_chunks(chunks, hidden=True).float()
+        return self._run_chunks(chunks, hidden=True)
 
     def _run_chunks(self, chunks: Sequence[Chunk], *, hidden: bool) -> Tensor:
         ids, positions, begins, logit_rows = [], [], [0], []
@@ -70,7 +70,7 @@ class ProgramExecutor:
         return self._run(input_ids.tolist(), positions, [*rows, len(rows)], past, rows, tables)
 
     def _run(self, ids, positions, begins, past, logit_rows, tables: Tensor, *, hidden: bool = False) -> Tensor:
-        """Return the logits of some rows, (R, V) float32, or with `hidden` what the head reads, (R, C).
+        """Return the logits of some rows, (R, V), or with `hidden` what the head reads, (R, C). Both are float32.
 
         `positions` are rows of the learned table, or of `lookup_tables`.
         """
@@ -81,8 +81,7 @@ class ProgramExecutor:
         counts = len(ids), len(positions), len(begins), len(past), len(logit_rows)
         ids_, positions_, begins_, past_, selected = numbers.split(counts)
         c, cache = self.config, self.kv_cache
-        width, dtype = (c.n_embd, self.program.dtype) if hidden else (c.vocab_size, torch.float32)
-        out = torch.empty(len(logit_rows), width, dtype=dtype)
+        out = torch.empty(len(logit_rows), c.n_embd if hidden else c.vocab_size, dtype=torch.float32)
         self.program.run(
             rows=len(ids), ids=ids_, positions=positions_, sequences=len(past), begins=begins_, past=past_,
             tables=tables, table_row=tables.shape[1], int8_cache=cache.is_int8, keys=cache.keys, values=cache.values,

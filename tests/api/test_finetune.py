@@ -99,10 +99,16 @@ def test_the_best_validation_is_kept_and_stops_the_run(capsys):
 def test_validation_data_of_its_own_and_further_sets():
     write_lines(Path("held.jsonl"), [{"messages": messages} for messages in conversations(3)])
     flags = ["--validation-data", "held.jsonl", "--validation-sets", "again=held.jsonl", "--steps", "1", "--out", "run"]
-    assert main([*RUN, *flags]) == 0
+    prompts = ["--prompts", "What is 1 plus 1?", "--sample-tokens", "3", "--sample-temperature", "0"]
+    assert main([*RUN, *flags, *prompts]) == 0
     row = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert row["validation_loss"] == pytest.approx(row["again/validation_loss"])
     assert row["validation_tokens"] == row["again/validation_tokens"] > 0
+    messages = [{"role": "user", "content": "What is 1 plus 1?"}]
+    model, tokenizer = GPT.from_pretrained("run"), Tokenizer.load("run")
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answer = model.generate(torch.tensor([prompt]), max_new_tokens=3)[0, len(prompt) :]
+    assert row["samples"] == [{"prompt": "What is 1 plus 1?", "text": tokenizer.decode(answer)}]
 
 
 @pytest.mark.parametrize("template", [PLAIN, CHATML])

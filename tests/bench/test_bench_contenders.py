@@ -19,6 +19,7 @@ from peakgpt.bench.contenders.models import random_prompts, write_random_model
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, _reporting
 from peakgpt.bench.decode import DecodeCase, compare_decoding
+from peakgpt.bench.fidelity import Fidelity
 from peakgpt.bench.model_choice import chosen_model
 from peakgpt.bench.report import comparisons
 from peakgpt.bench.schema import read_results
@@ -194,27 +195,37 @@ def written(request, tmp_path_factory):
     return folder, config
 
 
+# Nats per token of these models; another text or wrong positions give more than 0.1.
+KL_LIMIT = {"float32": 1e-5, "bfloat16": 1e-3, "int8": 1e-2, "int4": 0.1}
+
+
 def reference_tokens(folder, config, ids, workload):
     if not eager_gpt.is_gpt2(config):
         pytest.importorskip("transformers")
-    return decoding.reference_decoder(folder, config, ids, workload, "float32")()
+    return decoding.reference_decoder(folder, config, ids, workload, "float32").run()
 
 
 @pytest.mark.parametrize("name", sorted(decoding.DECODING_CONTENDERS.keys() - {"eager", "transformers, compile"}))
-def test_decoding_contenders_give_the_tokens_of_eager(name, written):
-    """float32 weights give the tokens of eager. Other formats give the same tokens in every run, and as many."""
+def test_decoding_contenders_give_the_tokens_and_logits_of_eager(name, written):
+    """float32 weights give the tokens of eager. Other formats give the same tokens in every run, and as many.
+
+    Logits of a text are near those of float32 as its format allows, and again after another run.
+    """
     (folder, config), who, workload = written, decoding.DECODING_CONTENDERS[name], Workload(6, 4, 5)
     pytest.importorskip(who.package)
     if not who.runs(config):
         pytest.skip(f"{name} does not run this model")
     ids = random_prompts(config, 6, 4)
-    expected = reference_tokens(folder, config, ids, workload)
+    expected, text = reference_tokens(folder, config, ids, workload), random_prompts(config, 6, 5, seed=1)
+    truth = decoding.reference_decoder(folder, config, ids, workload, "float32").logits(text)
     assert len(expected.unique()) > 3
     for form in who.formats:
-        run = who.build(folder, config, ids, workload, form)
-        text = run()
-        assert text.shape == (6, 5) and torch.equal(text, run())
-        assert form != "float32" or torch.equal(text, expected)
+        decoder = who.build(folder, config, ids, workload, form)
+        tokens, logits = decoder.run(), decoder.logits(text)
+        assert tokens.shape == (6, 5) and torch.equal(tokens, decoder.run())
+        assert form != "float32" or torch.equal(tokens, expected)
+        assert logits.dtype == torch.float32 and torch.equal(logits, decoder.logits(text))
+        assert Fidelity.of(logits, truth).kl_median < KL_LIMIT[form]  # the mean has positions with other experts
         bits = weight_bits(who, folder, form)
         assert bits is None if form in ("float32", "bfloat16") else 4 < bits < 17
 
@@ -224,8 +235,8 @@ def test_a_compiled_model_of_transformers_gives_the_tokens_of_eager(written):
     (folder, config), workload = written, Workload(2, 4, 6)
     pytest.importorskip("transformers")
     ids = random_prompts(config, 2, 4)
-    run = decoding.DECODING_CONTENDERS["transformers, compile"].build(folder, config, ids, workload, "float32")
-    assert torch.equal(run(), reference_tokens(folder, config, ids, workload))
+    decoder = decoding.DECODING_CONTENDERS["transformers, compile"].build(folder, config, ids, workload, "float32")
+    assert torch.equal(decoder.run(), reference_tokens(folder, config, ids, workload))
 
 
 def test_the_reference_computes_in_float32_with_bfloat16_weights(written):
@@ -292,6 +303,7 @@ def test_decoding_is_checked_and_timed_in_each_format(monkeypatch):
         case = DecodeCase("tiny", tiny_config(), workload, weights, only=("peakgpt", "eager"), rounds=3)
         results = case.measure(torch.device("cpu"), lambda name, error: told.append(name))
         found[case.name] = [(r.contender, r.dtype, r.memory_bytes) for r in results]
+        assert all(r.fidelity.positions == 12 and r.fidelity.kl < KL_LIMIT[weights] for r in results)
         assert len({r.rounds for r in results}) == 1
     assert found == {"decode/tiny/2x4+6/float32": [("peakgpt", "float32", 7), ("eager", "float32", 7)],
                      "decode/tiny/2x4+6/int8": [("peakgpt", "int8", 7)]}  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from peakgpt.bench import schema
+from peakgpt.bench.fidelity import Fidelity
 from peakgpt.bench.schema import Result, comparable
 from peakgpt.bench.timing import Timing, Turns
 
@@ -46,7 +47,9 @@ def test_result_times_are_ordered(bad):
 
 def test_results_round_trip(tmp_path):
     path = tmp_path / "new" / "results.json"
-    results, environment = [result(), result(contender="eager", flops=None, flops_kind=None)], {"threads": 2}
+    near = Fidelity(positions=8, kl=1e-4, kl_q25=8e-5, kl_median=1e-4, kl_q75=2e-4, top1=0.875)
+    results = [result(fidelity=near), result(contender="eager", flops=None, flops_kind=None)]
+    environment = {"threads": 2}
     schema.write_results(path, results, environment)
     assert schema.read_results(path) == (results, environment)
     schema.write_results(path, results[:1], environment)
@@ -71,18 +74,20 @@ def test_committed_results_are_readable(path):
     assert environment["commit"] and all(row.rounds == len(row.samples_s) for row in results if row.samples_s)
 
 
-def test_files_of_schema_2_are_read_with_defaults_and_their_weight_formats(tmp_path):
+def test_files_of_older_schemas_are_read_with_defaults_and_their_weight_formats(tmp_path):
     path, row = tmp_path / "results.json", result(bench="decode", dtype="int4", contender="llama.cpp")
     schema.write_results(path, [row], {})
     document = json.loads(path.read_text())
-    for key in schema.NEW_IN_3:
-        del document["results"][0][key]
-    path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="missing"):
-        schema.read_results(path)  # schema 3 needs them
-    path.write_text(json.dumps({**document, "schema": 2}))
-    (read,) = schema.read_results(path)[0]
-    assert read.weight_bits == 4.5 and read.turns == Turns() and read.samples_s == row.samples_s
+    for number in (4, 3):
+        for key in schema.NEW_KEYS[number]:
+            del document["results"][0][key]
+        path.write_text(json.dumps({**document, "schema": number}))
+        with pytest.raises(ValueError, match="missing"):
+            schema.read_results(path)  # this schema needs them
+        path.write_text(json.dumps({**document, "schema": number - 1}))
+        (read,) = schema.read_results(path)[0]
+        assert read.fidelity is None and read.samples_s == row.samples_s
+    assert read.weight_bits == 4.5 and read.turns == Turns()
 
 
 def test_unlike_weight_formats_are_not_comparable():
@@ -128,7 +133,7 @@ def _schema(document):
 @pytest.mark.parametrize(
     "damage, message",
     [(_unknown, "unknown \\['speed'\\]"), (_missing, "missing \\['dtype'\\]"), (_top_level, "unknown \\['author'\\]"),
-     (_schema, "expected schema 2 or 3, got 99")],
+     (_schema, "expected schema 2 to 4, got 99")],
 )  # fmt: skip
 def test_read_results_invalid_document_raises(tmp_path, damage, message):
     path = tmp_path / "results.json"

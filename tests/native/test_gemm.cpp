@@ -147,6 +147,61 @@ PEAK_TEST(gemm_rows_have_the_same_bits_in_any_batch) {
   });
 }
 
+// Rows of floats times bf16: the epilogue computes in float32, with a bf16 bias. Pairs of bf16 round the rows. The bits of
+// a row do not depend on the number of rows.
+PEAK_TEST(gemm_of_float32_rows_equals_double_precision) {
+  const bool rounds = std::strcmp(ActiveIsa(), "avx512bf16") == 0;
+  for (const Sizes s : {Sizes{1, 33, 51}, Sizes{7, 2051, 17}, Sizes{21, 64, 49}}) {
+    for (const Epilogue epilogue : {Epilogue::kStore, Epilogue::kActivate, Epilogue::kGate}) {
+      for (int layout = 0; layout < 4; ++layout) {
+        const bool a_across = layout & 1, b_across = layout & 2;
+        SetCase("gemm of float32 rows %lld %lld %lld epilogue %d layout %d", static_cast<long long>(s.m),
+                static_cast<long long>(s.k), static_cast<long long>(s.n), static_cast<int>(epilogue), layout);
+        Random random(s.k);
+        Placer place(layout);
+        auto a = place.In<float>(s.m * s.k), gate = place.In<float>(s.m * s.n);
+        auto b = place.In<bf16>(s.k * s.n), bias = place.In<bf16>(s.n);
+        auto c = place.Out<float>(s.m * s.n), pre = place.Out<float>(s.m * s.n);
+        a.FillNormal(random);
+        gate.FillNormal(random);
+        b.FillNormal(random);
+        bias.FillNormal(random);
+        GemmArgs args = Product(DType::kBFloat16, DType::kFloat32, s, a.data(), b.data(), c.data(), a_across, b_across);
+        args.float32_rows = true, args.bias = bias.data(), args.gate = gate.data(), args.epilogue = epilogue;
+        args.activation = Activation::kRelu;
+        if (epilogue != Epilogue::kStore) args.pre = pre.data();
+        Gemm(args, 1 + layout % 2);
+        c.Expect("c", [&](int64_t at) -> Want {
+          const int64_t i = at / s.n, j = at % s.n;
+          Want want{bias.At(j), std::fabs(bias.At(j))};
+          for (int64_t p = 0; p < s.k; ++p) {
+            const double x = a.At(a_across ? p * s.m + i : i * s.k + p);
+            const double product = (rounds ? Widen(Narrow<bf16>(x)) : x) * b.At(b_across ? p * s.n + j : j * s.k + p);
+            want.value += product;
+            want.slack += 8.0 * std::fabs(product);
+          }
+          if (epilogue == Epilogue::kActivate) want.value = std::max(want.value, 0.0);
+          if (epilogue == Epilogue::kGate) {
+            const double factor = std::max(gate.At(at), 0.0);
+            want.value *= factor, want.slack *= factor;
+          }
+          return want;
+        });
+        if (epilogue == Epilogue::kActivate) {
+          for (int64_t at = 0; at < s.m * s.n; ++at) {
+            if (!Check(c[at] == std::max(pre[at], 0.0f), "pre is not what was activated")) return;
+          }
+        }
+        if (a_across) continue;
+        std::vector<float> alone(s.n);
+        args.m = 1, args.c = alone.data(), args.pre = nullptr;
+        Gemm(args, 1);
+        Check(std::memcmp(alone.data(), c.data(), s.n * sizeof(float)) == 0, "bits depend on the number of rows");
+      }
+    }
+  }
+}
+
 // Odd sizes, fewer panels than threads, no k. The scratch ends at a page without access.
 PEAK_TEST(gemm_on_many_threads_has_the_bits_of_one_and_stays_in_its_scratch) {
   ForEachDtype([&](auto element) {

@@ -260,6 +260,30 @@ PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
   }
 }
 
+// Rows of floats in a product whose bias is bf16 have the bits of a product in float32.
+PEAK_TEST(quantized_float32_rows_have_the_bits_of_float32) {
+  constexpr int64_t kRows = 5, kK = 200, kN = 70;
+  for (const int kind : {8, 4, 80, 42}) {
+    SetCase("kind %d", kind);
+    Random random(kind);
+    Placer place(3);
+    const Weight weight(kind > 8 ? kind / 10 : kind, kN, kK, kind == 8 ? 128 : 64, place, random,
+                        kind > 8 ? kind % 10 : -1);
+    auto x = place.In<float>(kRows * kK), wide = place.In<float>(kN);
+    auto expected = place.Out<float>(kRows * kN), y = place.Out<float>(kRows * kN);
+    auto bias = place.In<bf16>(kN);
+    x.FillNormal(random);
+    bias.FillNormal(random);
+    wide.Fill([&](int64_t j) { return bias.At(j); });
+    QuantizedArgs args = weight.Times(x.data(), kRows, expected.data());
+    args.activation = static_cast<int>(Activation::kGeluTanh), args.bias = wide.data();
+    LinearQuantized(args, 2);
+    args.dtype = DType::kBFloat16, args.float32_rows = true, args.bias = bias.data(), args.y = y.data();
+    LinearQuantized(args, 1);
+    Check(std::memcmp(y.data(), expected.data(), kRows * kN * sizeof(float)) == 0, "other bits");
+  }
+}
+
 // Infinity and NaN make their row NaN and no other row. Rows of zeros and of subnormals give the bias.
 PEAK_TEST(quantized_infinity_and_nan_stay_in_their_row) {
   constexpr int64_t kRows = 5, kK = 300, kN = 20;

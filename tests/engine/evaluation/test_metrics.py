@@ -74,10 +74,11 @@ def test_choices_are_right_if_they_have_the_best_score():
     """acc_norm divides by bytes: a long choice has a lower log-probability."""
     example = Example("", "", ("ja", "oui oui"), {"ja": 1.0, "oui oui": 1.0, "né": 0.25, "no": 0.0})
     likely = [Answer(example, "", {"ja": -3, "oui oui": -4, "né": -2.4, "no": -9}),
-              Answer(example, "", {"ja": -1, "oui oui": -9, "né": -3.1, "no": -2})]  # fmt: skip
-    assert values("acc", likely) == [0, 1]
-    assert values("acc_norm", likely) == [1, 1]  # -4/7 of "oui oui" and -1/2 of "ja"
-    assert values("multiple_choice_grade", likely) == [0.25, 1]
+              Answer(example, "", {"ja": -1, "oui oui": -9, "né": -3.1, "no": -2}),
+              Answer(example, "", {"ja": -3, "oui oui": -4, "né": -1.6, "no": -9})]  # fmt: skip
+    assert values("acc", likely) == [0, 1, 0]
+    assert values("acc_norm", likely) == [1, 1, 0]  # -4/7 of "oui oui", -1/2 of "ja", -1.6/3 of the 3 bytes of "né"
+    assert values("multiple_choice_grade", likely) == [0.25, 1, 0.25]
     assert METRICS["acc"]().chance([example]) == 0.5
     assert METRICS["multiple_choice_grade"]().chance([example]) == 2.25 / 4
     assert METRICS["exact_match"]().chance([example]) is None

@@ -43,26 +43,31 @@ def targets_of(ids, labels):
     return list(ids[:-1]), [IGNORE_INDEX if label == -100 else label for label in labels[1:]]
 
 
-def test_masks_of_each_conversation_are_those_of_trl(case, tmp_path):
+def losses(task, rows, folder, trainer):
+    """Our loss and TRL's on the same examples, each by its own collator."""
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    ids, targets, *position_ids = task.collate(rows)
+    keywords = {"position_ids": position_ids[0]} if position_ids else {}
+    with torch.no_grad():
+        theirs = trainer.model.eval()(**{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}).loss
+        return GPT.from_pretrained(folder)(ids, targets, **keywords), theirs
+
+
+def test_masks_and_loss_of_padded_conversations_are_those_of_trl(case, tmp_path):
     folder, data, rows, options, settings = case
     task, found = make_task(folder, data, tokens=TOKENS, packing=False, **settings)
-    ours = [(list(e["ids"]), list(e["targets"])) for e in task.encode(found)]
-    theirs = trl_trainer(folder, tmp_path / "trl", rows, **options).train_dataset
-    assert ours == [targets_of(row["input_ids"], row["labels"]) for row in theirs]
-    assert len(ours) == 10 and all(max(targets) >= 0 for _, targets in ours)
+    examples = task.encode(found)
+    trainer = trl_trainer(folder, tmp_path / "trl", rows, **options)
+    theirs = [targets_of(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    assert [(list(e["ids"]), list(e["targets"])) for e in examples] == theirs
+    assert len(examples) == 10 and all(max(targets) >= 0 for _, targets in theirs)
+    torch.testing.assert_close(*losses(task, examples, folder, trainer), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_loss_is_that_of_trl(case, tmp_path, packing):
+def test_the_loss_of_packed_conversations_is_that_of_trl(case, tmp_path):
     folder, data, rows, options, settings = case
-    task, found = make_task(folder, data, tokens=TOKENS, packing=packing, **settings)
-    ours = task.arrange(task.encode(found))
-    trainer = trl_trainer(folder, tmp_path / "trl", rows, packing=packing, **options)
-    assert not packing or len(ours) < 10, "some rows have several conversations"
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    with torch.no_grad():
-        expected = trainer.model.eval()(**{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}).loss
-        ids, targets, *position_ids = task.collate(ours)
-        keywords = {"position_ids": position_ids[0]} if position_ids else {}
-        loss = GPT.from_pretrained(folder)(ids, targets, **keywords)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    task, found = make_task(folder, data, tokens=TOKENS, packing=True, **settings)
+    packed = task.arrange(task.encode(found))
+    assert len(packed) < 10, "some rows have several conversations"
+    trainer = trl_trainer(folder, tmp_path / "trl", rows, packing=True, **options)
+    torch.testing.assert_close(*losses(task, packed, folder, trainer), rtol=1e-5, atol=0)

@@ -93,11 +93,14 @@ def test_logits_equal_the_models(config, isa):
 
 
 @torch.no_grad()
-def test_bfloat16_error_is_at_most_twice_torchs(config):
+def test_bfloat16_error_is_below_torchs(config, isa):
+    """The program is float32 between products, torch bfloat16. Rows whose router is near a tie do not count."""
     model, ids = model_of(config, torch.bfloat16), torch.randint(97, (150,))
     truth = model_of(config, torch.bfloat16).double()(ids[None])[0]
-    torchs, ours = model(ids[None])[0], whole(ProgramExecutor(model, 5), ids)
-    assert (ours - truth).abs().max() <= 2 * (torchs.double() - truth).abs().max()
+    ours, torchs = ((logits - truth).abs().amax(-1).sort().values
+                    for logits in (whole(ProgramExecutor(model, 5), ids), model(ids[None])[0].double()))  # fmt: skip
+    assert ours.median() <= 0.75 * torchs.median()
+    assert ours[-3 if config.experts else -1] <= torchs[-1]
 
 
 def pieces(executor, ids):
