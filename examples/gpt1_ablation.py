@@ -126,13 +126,13 @@ TASKS = {"module": ("classification", module_rows), "is-next": ("entailment", is
 
 
 def pretrain(files: Files, sizes: Sizes, folder: Path) -> None:
-    """Train a tokenizer and a GPT-1 of few layers on the files that are not held out; write the checkpoint."""
+    """Train a tokenizer and a small GPT on the files that are not held out; write the checkpoint."""
     texts = ["\n".join(lines) for found in files.values() for name, lines in found if not is_held_out(name)]
     tokenizer: Tokenizer = train_tokenizer(texts, sizes.vocab)
     stream = torch.tensor([token for ids in tokenizer.encode_batch(texts) for token in (*ids, tokenizer.end_id)])
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=LAYERS, n_head=4, n_embd=sizes.width, block_size=TOKENS, dropout=0.1,
-                          vocab_size=tokenizer.vocab_size, residual="post_norm"))  # fmt: skip
+                          vocab_size=tokenizer.vocab_size))  # fmt: skip
     config = TrainConfig(batch=BATCH, tokens=TOKENS, steps=sizes.steps, lr=2e-3, weight_decay=0.01, warmup=0.1)
     trainer, draw = Trainer(model.train(), config), torch.Generator().manual_seed(0)
     for step in range(sizes.steps):
