@@ -60,7 +60,7 @@ bool ReadsRows(const GemmArgs& args) {
   }
 }
 
-// Packs row panels [begin, end) of a block of an a of type X. kHalves: for the tiles; otherwise a panel has all rows of a skinny product.
+// Packs row panels [begin, end) of a block of an a of type X. kHalves: each becomes two (gemm/panels.h).
 template <class T, bool kHalves, class X>
 void PackRowsOf(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;

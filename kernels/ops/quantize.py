@@ -39,7 +39,7 @@ from torch import Tensor
 from peakgpt.kernels.hardware.cpu_threads import torch_threads
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/gemm/quantized.cpp
+LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/gemm/quantized.h
     "normal": LEVELS,
     "signed": tuple(range(-8, 8)),
     "unsigned": tuple(range(16)),
