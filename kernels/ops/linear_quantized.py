@@ -97,8 +97,11 @@ def input_width(x: Tensor | None, saved: Tensor) -> int:
 
 
 def saved_inputs(*names: str) -> Callable[..., tuple[str, ...]]:
-    """Return the `saved_for_backward` of a contract. Only second derivatives through an activation read x."""
-    return lambda *_, activation, **__: names if activation == "none" else ("x", *names)
+    """Return the `saved_for_backward` of a contract.
+
+    Only second derivatives read x: its values through an activation, and its shape if x has no gradient to tell it.
+    """
+    return lambda x, *_, activation, **__: names if activation == "none" and x.requires_grad else ("x", *names)
 
 
 # ---- 8 bits ----

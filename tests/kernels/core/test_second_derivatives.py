@@ -98,7 +98,10 @@ def test_second_derivatives_of_every_op_are_those_of_eager_torch(name, sizes, pa
     assert_same(got, truth, 2e-3)
 
 
-@pytest.mark.parametrize("name", ["linear", "layernorm", "add_layernorm", "add_rmsnorm", "mlp", "rotary", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "linear_q8", "layernorm", "add_layernorm", "add_rmsnorm", "mlp", "rotary", "attention"],
+)
 def test_second_derivatives_with_one_trainable_input(name):
     """As in fine-tuning: the result sum of add_layernorm needs no gradient if only w does."""
     _, sizes, params = next(case for case in SMALL if case[0] == name)
