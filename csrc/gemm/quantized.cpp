@@ -96,7 +96,7 @@ inline void LookAhead(TileArgs* tile, int64_t number, int64_t tiles) {
   const int64_t share = number == 0 ? 0 : tile->next_bytes / (tiles - 1);
   tile->ahead = number == 0 ? tile->weight + kAhead : tile->next + (number - 1) * share;
   tile->ahead_stride = number == 0 ? tile->panel_bytes : tile->next_bytes;
-  tile->ahead_step = number == 0 ? kLine : share * kLine / tile->panel_bytes;
+  tile->ahead_step = number == 0 ? kLine : share * kLine / std::max(tile->panel_bytes, kLine);  // no inputs: no bytes
 }
 
 // Multiplies rows [begin, end) of x by `panels` panels, the first of which is that of `column`.

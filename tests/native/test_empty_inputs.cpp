@@ -47,6 +47,14 @@ PEAK_TEST(kernels_accept_empty_tensors) {
                                                       .scales = Scales::kBf16OfBlocks};
       no_outputs.rows = 3;
       LinearQuantized(no_outputs, threads);
+      const float scales[3] = {1.0f, 1.0f, 1.0f};
+      std::vector<char> y(9 * 3 * SizeOf(dtype), 1);  // 9 rows: two tiles
+      QuantizedArgs no_inputs{};
+      static_cast<QuantizedMatrix&>(no_inputs) = {.dtype = dtype, .bits = 8, .n = 3, .block = 128, .scale = scales};
+      no_inputs.weight = reinterpret_cast<const uint8_t*>(scales);  // not read
+      no_inputs.rows = 9, no_inputs.y = y.data(), no_inputs.y_row = 3;
+      LinearQuantized(no_inputs, threads);
+      Check(y == std::vector<char>(y.size()), "a product without inputs is not 0");
       Rotary({.dtype = dtype, .heads = 3, .width = 8, .pairs = 4, .rotated_heads = 2}, threads);
       SumOfSquares({.dtype = dtype, .total = &zero}, threads);
       Check(zero == 1.0f, "the sum of nothing is %g, expected 0", zero - 1.0f);
