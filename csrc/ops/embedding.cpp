@@ -26,8 +26,7 @@ void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
       std::memcpy(out, token, width * sizeof(T));
       continue;
     }
-    const int64_t position_row = args.positions == nullptr ? row % args.tokens : args.positions[row];
-    const T* position = static_cast<const T*>(args.wpe) + position_row * args.wpe_stride;
+    const T* position = static_cast<const T*>(args.wpe) + row % args.tokens * args.wpe_stride;
     int64_t i = 0;
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
       PrefetchTwoToL2(ahead + i);

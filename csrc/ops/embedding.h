@@ -18,10 +18,9 @@ struct EmbeddingForwardArgs {
   void* out;           // (batch, tokens, width)
   const void* wpe = nullptr;  // row of the first position; null: no position embedding
   int64_t wpe_stride = 0;
-  const int64_t* positions = nullptr;  // (batch, tokens): rows of wpe; null: token t of a sequence takes row t
 };
 PEAK_FIELDS(EmbeddingForwardArgs, dtype, batch, tokens, width, ids, wte, wte_stride, out)
-PEAK_OPTIONAL_FIELDS(EmbeddingForwardArgs, wpe, wpe_stride, positions)
+PEAK_OPTIONAL_FIELDS(EmbeddingForwardArgs, wpe, wpe_stride)
 
 struct EmbeddingBackwardArgs {
   DType dtype;
