@@ -43,13 +43,12 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
 // Requests the memory that FinishTile reads and writes. A tile of few slots is computed in less time than its rows need
 // to arrive from the last-level cache.
 PEAK_INLINE void PrefetchTile(const GemmArgs& args, int64_t row, int64_t column) {
-  const int64_t rows = std::min<int64_t>(kRows, args.m - row);
   const int64_t size = SizeOf(args.out_dtype), pre_size = SizeOf(RowsDType(args));
-  char* c = static_cast<char*>(args.c) + (row * args.c_row + column) * size;
-  const char* pre = static_cast<const char*>(args.pre) + (row * args.n + column) * pre_size;
-  for (int64_t i = 0; i < rows; ++i, c += args.c_row * size, pre += args.n * pre_size) {
+  for (int64_t i = row; i < std::min<int64_t>(row + kRows, args.m); ++i) {
+    const char* const c = static_cast<const char*>(args.c) + (i * args.c_row + column) * size;
     for (int64_t at = 0; at < kColumns * size; at += kCacheLine) __builtin_prefetch(c + at, 1);
     if (args.pre == nullptr) continue;
+    const char* const pre = static_cast<const char*>(args.pre) + (i * args.n + column) * pre_size;
     for (int64_t at = 0; at < kColumns * pre_size; at += kCacheLine) __builtin_prefetch(pre + at, 1);
   }
 }
