@@ -25,6 +25,9 @@ SHAPES = {
     "messages": CHAT,
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "It is 3."}]},
+    "ShareGPT with more fields": {"conversations": [
+        {"from": "human", "value": "Hi", "role": "boss"}, {"from": "gpt", "value": "It is 3.", "content": "It is 4."},
+    ]},
     "conversations of roles": {"conversations": [USER, ANSWER]},
     "prompt and completion": {"prompt": [USER], "completion": [ANSWER]},
     "Alpaca": {"instruction": "Hi", "input": "", "output": "It is 3.", "text": "ignored"},
