@@ -277,6 +277,7 @@ LARGE_CASES = [
     ("experts", {"rows": 512, "width": 768, "hidden": 512, "experts": 16, "choices": 4}, {}),
     ("linear", {"rows": 1100, "width": 2100, "out": 3100}, {}),
     ("linear_cross_entropy", {"rows": 1024, "width": 768, "vocab": 50257}, {}),
+    ("linear_lora", {"rows": 1024, "width": 768, "out": 2304, "rank": 16}, {"scale": 2.0}),
     ("linear_grouped", {"rows": 512, "width": 768, "out": 3072}, {"levels": "unsigned"}),
     ("linear_q8", {"rows": 512, "width": 768, "out": 3072}, {}),
     ("linear_q4", {"rows": 512, "width": 768, "out": 3072}, {}),

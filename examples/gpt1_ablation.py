@@ -197,7 +197,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--tiny", action="store_true", help="sizes of a test")
     sizes = TINY if parser.parse_args(arguments).tiny else Sizes()
     files = read_files(sizes.packages)

@@ -77,7 +77,7 @@ def size(tensors: Iterator[Tensor]) -> int:
 
 def main() -> None:
     """Train for some steps; exit with an error above the limit."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", default="gpt2-xl", help="the size of the model")
     parser.add_argument("--layers", type=int, help="instead of the preset's")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters of all linear layers")

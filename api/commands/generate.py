@@ -72,11 +72,7 @@ def run(args: argparse.Namespace) -> int:
     load = lambda source: GPT.from_pretrained(source, dtype=best_dtype(device), merge_adapter=True).to(device)  # noqa: E731
     prompt, stops = read_prompt(args.file) if args.file is not None else (args.prompt, ())
     source = locate(args.checkpoint, MODEL_FILES)
-    tokenizer = Tokenizer.load(source)
-    messages = _messages(args.system, prompt) if args.chat else ()
-    if messages:
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # raises before the model is loaded
-    model = load(source)
+    model, tokenizer = load(source), Tokenizer.load(source)
     if args.adapter is not None:
         model.load_adapter(args.adapter)
         merge_floats(model)
@@ -87,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if sampling["temperature"] == 0:
         _refuse_sampling(args, "do_sample false in generation_config.json")
     stops = (*stops, *args.stop) or model.generation_config.stop_strings
+    messages = _messages(args.system, prompt) if args.chat else ()
     stream_text(model, tokenizer, prompt, max_tokens=args.max_tokens, stop=stops, speculation=speculation,
                 cache=args.kv_cache_dtype, messages=messages, **sampling)  # fmt: skip
     return 0

@@ -18,6 +18,7 @@ TASKS = ROOT / "examples" / "tasks"
 # Flags for which 0 is right.
 ZERO = (
     "--temperature", "--seed", "--end-id", "--top-k", "--min-p", "--shots", "--lm-loss-weight", "--classifier-dropout",
+    "--lora-dropout",
 )  # fmt: skip
 ACCEPTED = {**dict.fromkeys(ZERO, ("0",)), "--transfer-layers": ("-1", "0")}
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],

@@ -147,4 +147,4 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
         yield launch.case(linear_grouped_bwd, f"bf16 {label}", TILE, "bf16", given, matmul=True,
                           hot=label == "4 bits by 128", **types)  # fmt: skip
     given = {"ACT": "gelu_tanh", "BLOCK": SLOPE_BLOCK}
-    yield launch.case(linear_grouped_slope, "bf16 gelu_tanh", SLOPE, "bf16", given, hot=False)
+    yield launch.case(linear_grouped_slope, "bf16 gelu_tanh", SLOPE, "bf16", given)

@@ -23,7 +23,7 @@ FORMATS = (Format(8), Format(4, 32))
 
 def models(name, form):
     """Return a quantized model whose norms are to be trained, and the float model with the weights before rounding."""
-    torch.manual_seed(1)
+    torch.manual_seed(41)
     model = GPT(CONFIGS[name])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -35,7 +35,7 @@ def models(name, form):
 
 
 def gradients(model, keys, backend=None):
-    torch.manual_seed(2)
+    torch.manual_seed(42)
     ids = torch.randint(97, (2, 21))
     if backend is None:
         loss = model(ids[:, :-1], ids[:, 1:])
@@ -49,13 +49,16 @@ def gradients(model, keys, backend=None):
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_the_eager_function_and_near_the_float_models(name, form):
-    """Mutation that makes it fail: rounding of the inputs with a gradient of zero, as torch's round has."""
+    """Mutation that makes it fail: rounding of the inputs with a gradient of zero, as torch's round has.
+
+    With other seeds an input lies so near to the middle of two levels that the order of a sum decides its level.
+    """
     quantized, model = models(name, form)
     keys = [key for key, parameter in quantized.named_parameters() if parameter.requires_grad]
     assert len(keys) >= 4
     ours = gradients(quantized, keys)
     for a, b in zip(ours, gradients(quantized, keys, "eager"), strict=True):
-        assert (a - b).norm() < 1e-3 * b.norm()
+        assert (a - b).norm() < 1e-5 * b.norm()
     ours, floats = (torch.cat([g.flatten() for g in found]) for found in (ours, gradients(model, keys)))
     assert torch.cosine_similarity(ours, floats, dim=0) > (0.99 if form.bits == 8 else 0.8)  # 4 bits: other experts
 

@@ -45,6 +45,7 @@ CASES = [
     ("experts", {"rows": 5, "width": 16, "hidden": 24, "experts": 3, "choices": 2, "biased": 1, **FIRST}, {}, {}),
     ("experts", {"rows": 5, "width": 32, "hidden": 16, "experts": 3, "choices": 2, "biased": 1, **HALF}, {},
      {"activation": "relu", "recompute": True}),
+    ("linear_lora", {"rows": 5, "width": 16, "out": 24, "rank": 3, "dropout": True, **FIRST}, {}, {"scale": 2.0}),
     ("linear_grouped", {"rows": 5, "width": 40, "out": 33, "order": True, **FIRST}, {}, {"levels": "unsigned"}),
     ("linear_q8", {"rows": 5, "width": 40, "out": 33, **FIRST}, {}, {"activation": "silu"}),
     ("linear_q4", {"rows": 5, "width": 40, "out": 33, "group": 32, **FIRST}, {}, {"group": 32}),
