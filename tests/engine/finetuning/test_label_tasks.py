@@ -124,17 +124,17 @@ def test_long_examples_are_cut_when_asked(base):
 
 def test_a_cut_that_leaves_nothing_to_learn_is_an_error_with_its_line(base):
     task = make_task(base, "token-classification", tokens=2, truncate=True)
-    with pytest.raises(ValueError, match="rows.jsonl:1: got no whole word in the first 2 tokens"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: got no whole word in the first 2 tokens"):
         encode(task, {"tokens": ["gargoyles"], "label": ["N"]})
     task = make_task(base, "classification", tokens=2, truncate=True)
-    with pytest.raises(ValueError, match="rows.jsonl:1: got tokens 2, expected at least 3"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: got tokens 2, expected at least 3"):
         encode(task, {"text": A, "label": "good"})
 
 
 def test_words_that_share_their_last_token_are_refused(base, monkeypatch):
     task = make_task(base, "token-classification")
     monkeypatch.setattr(task.tokenizer, "encode_with_offsets", lambda texts: [([5, 6], [(0, 3), (3, 7)])])
-    with pytest.raises(ValueError, match="rows.jsonl:1: got the word 'b', expected one that has"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: got the word 'b', expected one that has"):
         encode(task, {"tokens": ["the", "a", "b"], "label": ["D", "N", "N"]})
 
 
