@@ -167,12 +167,17 @@ FAMILY_DECODE = [  # text, weight format, sizes, streams, our contender
     ("Qwen3-0.6B", "bfloat16", QWEN_06B, 1, OURS),
     ("Qwen3-0.6B", "int4", QWEN_06B, 1, "peakgpt by 32"),
 ]
-FAMILY_PREFILL = Group(bench="prefill", dtype="bfloat16", case={"tokens": 512, **LLAMA_1B},
-                       contenders=(OURS, "llama.cpp"))  # fmt: skip
+FAMILY_PREFILL = {
+    dtype: Group(bench="prefill", dtype=dtype, case={"tokens": 512, **LLAMA_1B}, contenders=(OURS, "llama.cpp"))
+    for dtype in ("bfloat16", "int8")
+}
 FAMILY_TRAINING = Group(
     bench="train", dtype="bfloat16", case={"batch": 2, "tokens": 512, "n_layer": 4, "n_embd": 2048},
     contenders=(OURS, "eager, tuned malloc", "compile, tuned malloc"),
 )  # fmt: skip
+TRL = ("TRL", "TRL, tuned malloc")
+FINETUNING = Group(bench="finetune", dtype="bfloat16", contenders=(OURS, *TRL),
+                   case={"tokens": ANY, "examples": 4, "longest": 512, **GPT2})  # fmt: skip
 CACHE = {
     streams: Group(bench="step", dtype="bfloat16", case={"model": "gpt2", "streams": streams, "past": 900},
                    contenders=(OURS, "peakgpt, int8 cache"))
@@ -244,7 +249,10 @@ def _family_rows() -> list[tuple[Cell, ...]]:
                contenders=(ours, "llama.cpp")), "llama.cpp", ours)
         for model, dtype, sizes, streams, ours in FAMILY_DECODE
     ]  # fmt: skip
-    prompt = [("Llama-3.2-1B, bfloat16, a prompt of 512 tokens", FAMILY_PREFILL, "llama.cpp", OURS)]
+    prompt = [
+        (f"Llama-3.2-1B, {FORMATS[dtype]}, a prompt of 512 tokens", group, "llama.cpp", OURS)
+        for dtype, group in FAMILY_PREFILL.items()
+    ]
     training = [
         ("Llama-3.2-1B with 4 layers and a vocabulary of 32,000, training in bfloat16", FAMILY_TRAINING, name, OURS)
         for name in FAMILY_TRAINING.contenders[1:]
@@ -322,6 +330,13 @@ TABLES = (
     Table(
         name="models of other families", document="docs/families.md",
         headings=("sizes and work", "peakgpt, ms", "versus", "ms", "times as fast"), rows=_family_rows(),
+    ),
+    Table(
+        name="fine-tuning", document="docs/finetuning.md",
+        headings=("GPT-2 124M, bfloat16", "ms", "peakgpt is faster", "its memory, ratio"),
+        rows=[("peakgpt, packed", milliseconds(FINETUNING), "", ""),
+              *((name, milliseconds(FINETUNING, name), against(FINETUNING, name), memory_ratio(FINETUNING, name))
+                for name in TRL)],
     ),
     Table(
         name="serving without pauses", document="docs/serving.md", headings=("median, ms", "all"),

@@ -32,6 +32,7 @@ from peakgpt.engine.checkpoint.quantized.mxfp4 import is_mxfp4, mxfp4_weights, w
 from peakgpt.engine.checkpoint.quantized.mxfp4_folder import load_mxfp4
 from peakgpt.engine.checkpoint.quantized.packed_layers import PackedFormat
 from peakgpt.engine.checkpoint.quantized.packed_weights import load_packed
+from peakgpt.engine.checkpoint.source_files import read_generation_config
 from peakgpt.engine.data.adapter_source import base_of, is_adapter
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import locate, name_and_revision
@@ -78,7 +79,8 @@ class GPT(Transformer):
                 downloaded into its cache; a folder with config.json and model.safetensors (or its shards, or
                 pytorch_model.bin); the folder of a run, for its newest checkpoint; a .gguf file, the format of
                 llama.cpp, here or of the hub ("org/name/model.gguf"); or an adapter in PEFT's format: the model is then
-                the base model that adapter_config.json names, with the adapter active.
+                the base model that adapter_config.json names, with the adapter active. A generation_config.json of
+                the adapter replaces that of the base model.
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
             revision: of a model of the hub: a branch, a tag or a commit.
@@ -96,6 +98,7 @@ class GPT(Transformer):
             options = {"dtype": dtype, "dropout": dropout, "revision": base_revision, "dequantize": dequantize}
             model = cls.from_pretrained(base, **options)
             model.load_adapter(folder)
+            model.source_files = {**model.source_files, **read_generation_config(folder)}
             if merge_adapter:
                 attach.merge_floats(model)
             return model

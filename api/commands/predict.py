@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     labelled = _have_labels(rows, task.config.labels.label_field)
     if args.confusion_matrix is not None and not (labelled and task.labels.names):
         raise ValueError("--confusion-matrix: got data without classes, expected rows with labels that are classes")
-    found = task.predict(model.to(device), task.encode(rows, labelled=labelled), args.batch)
-    with _writer(args.out) as write:
+    examples = task.encode(rows, labelled=labelled)
+    with _writer(args.out) as write:  # raises before the model runs
+        found = task.predict(model.to(device), examples, args.batch)
         for row, prediction in zip(rows, found.rows, strict=True):
             write({**row.values, **prediction})
     if args.confusion_matrix is not None:

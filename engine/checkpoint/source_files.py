@@ -43,8 +43,16 @@ def read_source_files(folder: Path | str) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a file is not a JSON object.
     """
-    paths = (Path(folder) / name for name in (CONFIG, GENERATION_CONFIG))
-    return {path.name: read_json(path) for path in paths if path.exists()}
+    return {**_read(Path(folder, CONFIG)), **read_generation_config(folder)}
+
+
+def read_generation_config(folder: Path | str) -> dict[str, dict[str, Any]]:
+    """Return the content of generation_config.json alone, as `read_source_files` does."""
+    return _read(Path(folder, GENERATION_CONFIG))
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: read_json(path)} if path.exists() else {}
 
 
 def json_files(

@@ -88,9 +88,10 @@ def score_task(
         seed: of bootstraps.
     """
     clean = [a for a, s in zip(answers, overlap.statuses, strict=True) if s != "dirty"] if overlap else []
+    examples = [answer.example for answer in answers]
     results = tuple(
         MetricResult(
-            name=name, estimate=metrics[name].estimate(answers, seed), chance=metrics[name].chance(task.examples),
+            name=name, estimate=metrics[name].estimate(answers, seed), chance=metrics[name].chance(examples),
             human=task.human_baseline.get(name), clean=metrics[name].estimate(clean, seed) if clean else None,
         )
         for name in metrics

@@ -9,15 +9,18 @@ adds to the text, behind the prompt that a generation would begin with:
 A template that renders a turn differently once others follow, such as one that leaves out the reasoning of earlier
 turns, breaks that. Then the text is rendered with a mark in place of each answer, and what surrounds the marks tells
 where the answers are. The end of a turn, such as "<|im_end|>", belongs to its answer: the model has to learn to stop.
-It is what the text behind the answer has in common with the text behind the last answer.
+It is what the text behind the answer has in common with the text behind the last answer. The last answer still begins
+behind its prompt: what a template writes there before its content, such as empty reasoning, has to be learned too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
+
+import tokenizers
 
 from peakgpt.engine.data.chat_template import ChatTemplates
 from peakgpt.engine.data.template_sandbox import Rendered
@@ -89,7 +92,7 @@ def _by_marks(chat: Chat, templates: ChatTemplates, text: str, answers: list[int
         for variant in (str, str.strip):
             written = [variant(content) for content in contents]
             if text == "".join(a + b for a, b in zip(pieces, [*written, ""], strict=True)):
-                return _between(pieces, written)
+                return _behind_prompt(chat, templates, text, _between(pieces, written))
     raise ValueError("chat template: got answers that cannot be found in its text, expected a template with "
                      "{% generation %} blocks, or --train-on all")  # fmt: skip
 
@@ -102,6 +105,36 @@ def _between(pieces: list[str], answers: list[str]) -> list[tuple[int, int]]:
         position = start + len(answer)
         spans.append((start, position + common_prefix(behind, pieces[-1])))
     return spans
+
+
+def _behind_prompt(
+    chat: Chat, templates: ChatTemplates, text: str, spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Return spans whose last one begins behind the prompt of a generation.
+
+    A template may write something before the last answer alone, such as empty reasoning: the model has to write it too.
+    """
+    start, end = spans[-1]
+    prompt = _render(chat, templates, len(chat.messages) - 1, add_generation_prompt=True).text
+    return [*spans[:-1], (min(start, len(prompt)) if text.startswith(prompt) else start, end)]
+
+
+def on_tokens(rendered: Rendered, encoding: tokenizers.Encoding) -> Rendered:
+    """Return a text whose spans begin and end with a character of a token.
+
+    A tokenizer that trims offsets (ByteLevel with trim_offsets) has no token for the blanks at the ends of an answer.
+    """
+    spans = []
+    for start, end in rendered.spans:
+        first = _first_of(encoding, range(start, end))
+        last = _first_of(encoding, reversed(range(start, end)))
+        spans += [] if first is None or last is None else [(first, last + 1)]
+    return Rendered(rendered.text, spans)
+
+
+def _first_of(encoding: tokenizers.Encoding, characters: Iterable[int]) -> int | None:
+    """Return the first of some characters that a token stands for; None if there is none."""
+    return next((index for index in characters if encoding.char_to_token(index) is not None), None)
 
 
 def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -181,7 +181,7 @@ def _message(row: Row, place: str, value: dict[str, Any], role_key: str, content
         raise row.error(f"got {content_key}={content!r:.40} in {place}, expected text")
     if role == "assistant" and not has_calls:
         _check_answer(row, f"{content_key} of {place}", content)
-    rest = {key: item for key, item in value.items() if key not in (role_key, content_key)}
+    rest = {key: item for key, item in value.items() if key not in (role_key, content_key, "role", "content")}
     return {"role": role, "content": content if content is None else row.checked(place, content), **rest}
 
 

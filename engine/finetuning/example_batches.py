@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from peakgpt.engine.finetuning.examples import Examples
+from peakgpt.engine.finetuning.examples import Examples, token_count
 from peakgpt.engine.finetuning.task import Task
 
 
@@ -43,7 +43,7 @@ class ExampleBatches:
     def take(self, rows: int) -> tuple[Tensor, ...]:
         """Return a batch of the next rows."""
         examples = [self.examples[self._next()] for _ in range(rows)]
-        self.tokens_seen += sum(map(self.task.length, examples))
+        self.tokens_seen += sum(map(token_count, examples))
         return self.task.collate(examples)
 
     def skip(self, rows: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.finetuning.examples import Examples
+from peakgpt.engine.finetuning.examples import Examples, token_count
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.training.samples import Sample
 from peakgpt.engine.training.validation import BestValidation, SetMetrics
@@ -44,7 +44,7 @@ class ExampleValidator(BestValidation):
     def count_targets(self) -> int:
         limit = self.config.validation_batches
         return sum(
-            self.task.length(examples[number])
+            token_count(examples[number])
             for examples in self.sets.values()
             for number in self._numbers(examples, limit)
         )

@@ -59,6 +59,11 @@ class Examples(Sequence[Example]):
         return {name: values[starts[index] : starts[index + 1]] for name, (values, starts) in self._columns.items()}
 
 
+def token_count(example: Example) -> int:
+    """Return the number of tokens of all sequences of an example, which are one behind the other in `ids`."""
+    return len(example["ids"])
+
+
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples, at least one, into a new file.
 

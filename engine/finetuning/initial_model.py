@@ -15,6 +15,7 @@ from peakgpt.engine.finetuning.config import FinetuneConfig
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.memory_estimate import AdapterSizes
+from peakgpt.engine.training.run_settings import expect_weights_of
 
 
 def initial_model(config: FinetuneConfig) -> GPT:
@@ -26,6 +27,7 @@ def initial_model(config: FinetuneConfig) -> GPT:
     if config.lora.adapter is not None:
         return _adapted(config, config.task.init, None)
     source = GPT.from_pretrained(config.task.init, dequantize=True, merge_adapter=True)
+    expect_weights_of(config.model_config(), source.config, config.task.init)
     model = empty_model(config)
     model.load_state_dict(source.state_dict())
     model.source_files = source.source_files
@@ -81,6 +83,7 @@ def _adapted(config: FinetuneConfig, base: str, revision: str | None) -> GPT:
         raise ValueError(f"init is {folder}, an adapter, expected a model with lora_rank: write the merged one with "
                          "`peakgpt export --format safetensors`")  # fmt: skip
     model = GPT.from_pretrained(base, dtype=config.train.dtype, revision=revision)
+    expect_weights_of(config.model_config(), model.config, base)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # it may be a map of the file
     set_training_fields(model, config.model_config())

@@ -75,6 +75,11 @@ class LabelledModel(nn.Module):
         return self.gpt.config
 
     @property
+    def transformer(self) -> nn.Module:
+        """The blocks of the language model, for `set_recompute`."""
+        return self.gpt.transformer
+
+    @property
     def source_files(self) -> Any:
         """JSON files of the folder that the language model was loaded from."""
         return self.gpt.source_files

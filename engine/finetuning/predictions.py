@@ -3,7 +3,7 @@
     {"prediction": "good", "probabilities": {"bad": 0.1, "good": 0.9}, "label": "good"}     classes
     {"prediction": 3.4, "label": 4.0}                                                       numbers
     {"prediction": 1, "probabilities": [0.2, 0.8], "label": 1}                              choices
-    {"prediction": ["O", "PER", null], "label": ["O", "PER", "O"]}                          words; null: cut off
+    {"prediction": ["O", "PER"], "label": ["O", "PER"]}                                     words that are not cut off
 """
 
 from __future__ import annotations

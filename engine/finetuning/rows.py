@@ -58,4 +58,10 @@ def read_rows(paths: Iterable[str]) -> list[Row]:
     Raises:
         ValueError: a file is missing, empty or damaged, or a line is not a JSON object.
     """
-    return [Row(f"{path}:{number}", values) for path in paths for number, values in json_records(Path(path))]
+    rows: list[Row] = []
+    for path in paths:
+        found = [Row(f"{path}:{number}", values) for number, values in json_records(Path(path))]
+        if not found:
+            raise ValueError(f"{path}: got blank lines alone, expected a JSON object a line")
+        rows += found
+    return rows

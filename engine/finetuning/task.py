@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peakgpt.engine.checkpoint.model_files import ModelFiles, WholeModel
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.finetuning.config import FinetuneConfig
-from peakgpt.engine.finetuning.examples import Example
+from peakgpt.engine.finetuning.examples import Example, token_count
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training.samples import Sampler
@@ -62,11 +62,11 @@ class Task(ABC):
 
     def describe(self, examples: Sequence[Example], rows: Sequence[Example]) -> str:
         """Say in a line what the training data are, before and after `arrange`."""
-        return f"{len(examples):,} examples, {sum(map(self.length, examples)):,} tokens"
+        return f"{len(examples):,} examples, {sum(map(token_count, examples)):,} tokens"
 
     def length(self, example: Example) -> int:
-        """Return the tokens of an example."""
-        return len(example["ids"])
+        """Return the tokens of an example's longest sequence, on which the padding of a batch depends."""
+        return token_count(example)
 
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -144,8 +144,21 @@ def checkpoint_fields(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     _, config = read_config(locate(source, MODEL_FILES))
     fields = {**config.to_dict(), **(dict.fromkeys(RATES) if "dropout" in given else {}), **given}
-    changed = GPTConfig(**fields)
-    for name in sorted(WEIGHT_FIELDS, key=lambda name: name not in given):
-        if getattr(changed, name) != getattr(config, name):
-            raise ValueError(f"{name} is {given[name]}, expected {getattr(config, name)}, that of init {source}")
+    expect_weights_of(GPTConfig(**fields), config, source, given)
     return fields
+
+
+def expect_weights_of(model: GPTConfig, checkpoint: GPTConfig, source: str, given: Collection[str] = ()) -> None:
+    """Check that the weights of a checkpoint are those of a model.
+
+    Args:
+        model, checkpoint: their configs.
+        source: of the checkpoint.
+        given: fields that the error names before others.
+    Raises:
+        ValueError: a field that the weights decide differs.
+    """
+    for name in sorted(WEIGHT_FIELDS, key=lambda name: (name not in given, name)):
+        got, expected = getattr(model, name), getattr(checkpoint, name)
+        if got != expected:
+            raise ValueError(f"{name} is {got}, expected {expected}, that of init {source}")

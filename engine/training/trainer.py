@@ -74,7 +74,7 @@ class Trainer:
             fixed_shapes: whether all batches have the same shapes. Otherwise no step is captured for a replay.
         Raises:
             ValueError: `steps` contradicts the config, or the config has epochs, whose data only the caller knows; or
-                the model has quantized weights.
+                the model has quantized weights and no parameter that trains.
         """
         if steps is not None and config.steps not in (None, steps):
             raise ValueError(f"Trainer: steps is {steps} and the config's is {config.steps}, expected one of the two")

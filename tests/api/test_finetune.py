@@ -87,6 +87,16 @@ def test_the_file_of_a_run_begins_it_again(capsys):
     assert "got a run of `peakgpt finetune`, expected one of `peakgpt train`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]])
+def test_the_file_of_a_run_is_not_for_another_checkpoint(tmp_path, flags, capsys):
+    """The file has the fields of its checkpoint, which another one may not have."""
+    assert main([*RUN, "--steps", "1", "--out", "one"]) == 0
+    checkpoint(tmp_path / "other", layer_norm_epsilon=1e-3)
+    argv = ["finetune", "--config", "one/config.toml", "--init", "other", "--out", "two", *flags]
+    assert main(argv) == 2 and not Path("two").exists()
+    assert "layer_norm_epsilon is 1e-05, expected 0.001, that of init" in capsys.readouterr().err
+
+
 def test_the_best_validation_is_kept_and_stops_the_run(capsys):
     flags = ["--steps", "60", "--validate-every", "1", "--patience", "2", "--lr", "0.3", "--schedule", "constant"]
     assert main([*RUN, *flags, "--warmup-steps", "0", "--out", "run"]) == 0

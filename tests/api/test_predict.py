@@ -12,6 +12,7 @@ from peakgpt.cli import main
 from peakgpt.engine.finetuning.loaded import load_task
 from peakgpt.engine.finetuning.rows import read_rows
 from peakgpt.engine.finetuning.tasks.label_config import LABEL_TASKS
+from peakgpt.engine.finetuning.tasks.labelled import LabelledTask
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,13 @@ def test_predictions_without_labels_are_printed(base, tmp_path, capsys):
     ):
         assert main(["predict", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_existing_file_is_refused_before_the_model_runs(base, tmp_path, monkeypatch, capsys):
+    run, rows = finetune(base, "classification", tmp_path, steps=1), str(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(LabelledTask, "predict", None)
+    assert main(["predict", str(run), "--data", rows, "--out", rows]) == 2
+    assert "rows.jsonl: got an existing file, expected a new one" in capsys.readouterr().err
 
 
 def test_a_resumed_run_has_the_same_bits(base, tmp_path):

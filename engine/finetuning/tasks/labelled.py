@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,13 +58,16 @@ class LabelledTask(Task):
         require_packages()
         self.tokens = add_task_tokens(tokenizer, has_extract=self.has_extract)
         super().__init__(config, self.tokens.tokenizer, state)
-        self.labels = LabelSet(()) if state is None else LabelSet(tuple(state["labels"]))
+        self.labels = LabelSet(())
+        if state is not None:
+            self.labels = LabelSet(tuple(state["labels"]))
+            # The tokenizer of a run has the added tokens, which were new when it began.
+            self.tokens = replace(self.tokens, first_new=state.get("first_new", self.tokens.first_new))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"labels": list(self.labels.names)}
+        return {"labels": list(self.labels.names), "first_new": self.tokens.first_new}
 
     def length(self, example: Example) -> int:
-        """Return the tokens of an example's longest sequence, on which the padding of a batch depends."""
         return int(example["lengths"].max())
 
     def model(self, gpt: GPT) -> LabelledModel:
@@ -207,5 +211,8 @@ class LabelledTask(Task):
             if not self.config.data.truncate:
                 raise row.error(f"got an example of {tokens} tokens, expected at most {limit}: --truncate cuts it, and "
                                 "a higher --tokens takes up to the context of the model")  # fmt: skip
+            if limit - added < len(texts):
+                raise row.error(f"got tokens {limit}, expected at least {added + len(texts)}: {added} of the task, and "
+                                f"one of each of the {len(texts)} texts")  # fmt: skip
             texts = shortened(texts, limit - added)
         return self.tokens.sequence(*texts)

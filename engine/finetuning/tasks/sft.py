@@ -22,10 +22,10 @@ from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.template_sandbox import Rendered
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
-from peakgpt.engine.finetuning.answer_masks import common_prefix, render_answers
+from peakgpt.engine.finetuning.answer_masks import common_prefix, on_tokens, render_answers
 from peakgpt.engine.finetuning.config import FinetuneConfig
 from peakgpt.engine.finetuning.conversations import Chat, Completion, read_conversations
-from peakgpt.engine.finetuning.examples import Example
+from peakgpt.engine.finetuning.examples import Example, token_count
 from peakgpt.engine.finetuning.language_examples import collate, pack
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.task import Task
@@ -86,7 +86,7 @@ class Sft(Task):
         """Return the ids of each text, and which of them have a loss."""
         texts = [chat.text for chat in chats]
         encodings = call(self.tokenizer.library.encode_batch, texts, add_special_tokens=False)  # with offsets
-        pairs = [(encoding.ids, assistant_mask(chat, encoding))
+        pairs = [(encoding.ids, assistant_mask(on_tokens(chat, encoding), encoding))
                  for chat, encoding in zip(chats, encodings, strict=True)]  # fmt: skip
         self.stop_ids = sorted({*self.stop_ids, *self._ends(pairs[:1])})
         return pairs
@@ -133,7 +133,7 @@ class Sft(Task):
         text = f"{super().describe(examples, rows)}, {trained:,} of them with a loss"
         if not self.packing:
             return text
-        share = sum(map(self.length, examples)) / (len(rows) * self.config.train.tokens)
+        share = sum(map(token_count, examples)) / (len(rows) * self.config.train.tokens)
         return f"{text}; packed into {len(rows):,} rows, which are full to {percent_text(share)}"
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:

@@ -91,14 +91,17 @@ class TokenClassification(LabelledTask):
     def _located(
         self, row: Row, words: Sequence[str], encoded: tuple[list[int], list[tuple[int, int]]]
     ) -> tuple[list[int], list[int]]:  # fmt: skip
-        """Return the sequence of a row's words, and the index of the last token of each word."""
+        """Return the sequence of a row's words, and the index of the last token of each word that is not cut off."""
         ids, offsets = encoded
         sequence, first = self.fitted(row, [ids]), len(self.tokens.sequence(()))
         ends, begin = [], 0
         for word in words:
             inside = [i for i, (left, right) in enumerate(offsets) if left < begin + len(word) and right > begin]
-            if not inside:
-                raise row.error(f"got the word {word!r:.60}, expected one that the tokenizer encodes")
+            if not inside or first + inside[-1] in ends[-1:]:
+                raise row.error(f"got the word {word!r:.60}, expected one that has a last token of its own")
             ends.append(first + inside[-1])
             begin += len(word) + 1
-        return sequence, [end for end in ends if end < len(sequence)]
+        kept = [end for end in ends if end < len(sequence)]
+        if not kept:
+            raise row.error(f"got no whole word in the first {len(sequence)} tokens, expected at least one")
+        return sequence, kept

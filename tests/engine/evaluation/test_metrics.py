@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from peakgpt.engine.evaluation.intervals import mean_estimate, normal_estimate
-from peakgpt.engine.evaluation.metrics import METRICS, Answer, majority, number_of
-from peakgpt.engine.evaluation.task import Example
+from peakgpt.engine.evaluation.metrics import METRICS, Answer, majority, metrics_of, number_of
+from peakgpt.engine.evaluation.results import score_task
+from peakgpt.engine.evaluation.task import Example, Task
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat,", "red.", "Blue", "house", "an", "it's", "12"]
 random.seed(1)
@@ -133,3 +134,12 @@ def test_bootstrap_interval_covers_the_mean_and_depends_on_the_seed_only():
     assert found == mean_estimate(sample, seed=1) != mean_estimate(sample, seed=2)
     assert mean_estimate([0.5], seed=1).low is None
     assert normal_estimate(1.0, None).low is None
+
+
+def test_chance_is_that_of_the_examples_that_are_asked():
+    few, many = ({name: float(name == "a") for name in names} for names in ("ab", "abcd"))
+    examples = tuple(Example(f"t:{i}", "?", ("a",), scores) for i, scores in enumerate((few, many)))
+    task = Task(name="t", examples=examples, metrics=("acc",), preferred_score="acc")
+    answers = [Answer(examples[0], "?", {"a": -1.0, "b": -2.0})]
+    (result,) = score_task(task, "t.jsonl", metrics_of(task), answers, shots=0, seed=0).metrics
+    assert result.chance == 0.5

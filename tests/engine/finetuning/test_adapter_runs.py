@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from sft_data import checkpoint, conversations, write_lines
+from sft_data import PLAIN, checkpoint, conversations, write_lines
 
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint.adapters.attach import SavedAdapter
+from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
 
 FLAGS = ["--lora-rank", "3", "--lora-targets", "all-linear", "--lora-dropout", "0.1", "--steps", "4", "--batch", "2",
          "--tokens", "256", "--save-every", "2", "--validate-every", "4", "--lr", "0.01"]  # fmt: skip
@@ -107,3 +109,19 @@ def test_settings_without_a_rank_and_adapters_as_init_are_refused(files, tmp_pat
     capsys.readouterr()
     assert finetune(tmp_path / "run", data, tmp_path / "other") == 2
     assert "an adapter, expected a model with lora_rank" in capsys.readouterr().err
+
+
+def test_an_adapter_stops_at_the_token_that_it_has_learned(tmp_path):
+    """<|im_end|> ends a turn; the end of text of the base model does not."""
+    folder = checkpoint(tmp_path / "base", None)
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.library.add_special_tokens(["<|im_end|>"])
+    sizes = {**GPT.from_pretrained(folder).config.to_dict(), "vocab_size": tokenizer.vocab_size}
+    chat = tokenizer.with_chat_template(PLAIN.replace("eos_token", "'<|im_end|>'"))
+    GPT(GPTConfig(**sizes)).save_pretrained(folder, chat)
+    data = write_lines(tmp_path / "data.jsonl", [{"messages": messages} for messages in conversations()])
+    run, end = tmp_path / "run", tokenizer.library.token_to_id("<|im_end|>")
+    assert finetune(folder, data, run, "--steps", "1") == 0
+    assert end not in GPT.from_pretrained(folder).generation_config.eos_token_id
+    for merge in (False, True):
+        assert end in GPT.from_pretrained(run, merge_adapter=merge).generation_config.eos_token_id

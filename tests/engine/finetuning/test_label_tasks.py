@@ -6,12 +6,15 @@ import torch
 from tiny_finetuning import make_config, rows_of, write_base
 
 from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.finetuning.example_batches import ExampleBatches
+from peakgpt.engine.finetuning.examples import Examples, write_examples
 from peakgpt.engine.finetuning.label_metrics import class_metrics, score_metrics
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.sequences import shortened, unpack
 from peakgpt.engine.finetuning.tasks.catalogue import TASKS
 from peakgpt.engine.finetuning.tasks.label_config import LABEL_TASKS
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
 
 A, B, C = "the film was good", "the song was sad", "a book"
 
@@ -117,6 +120,47 @@ def test_long_examples_are_cut_when_asked(base):
     (example,) = task.encode(rows)
     whole_words = task.tokenizer.decode(example["ids"][1:].tolist()).split()
     assert len(example["ids"]) == 8 and task.label(example) == ["D"] * len(whole_words)
+
+
+def test_a_cut_that_leaves_nothing_to_learn_is_an_error_with_its_line(base):
+    task = make_task(base, "token-classification", tokens=2, truncate=True)
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: got no whole word in the first 2 tokens"):
+        encode(task, {"tokens": ["gargoyles"], "label": ["N"]})
+    task = make_task(base, "classification", tokens=2, truncate=True)
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: got tokens 2, expected at least 3"):
+        encode(task, {"text": A, "label": "good"})
+
+
+def test_words_that_share_their_last_token_are_refused(base, monkeypatch):
+    task = make_task(base, "token-classification")
+    monkeypatch.setattr(task.tokenizer, "encode_with_offsets", lambda texts: [([5, 6], [(0, 3), (3, 7)])])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: got the word 'b', expected one that has"):
+        encode(task, {"tokens": ["the", "a", "b"], "label": ["D", "N", "N"]})
+
+
+@pytest.mark.parametrize("name", LABEL_TASKS)
+def test_the_speed_of_a_run_counts_the_tokens_of_all_sequences(name, base, tmp_path):
+    task = make_task(base, name)
+    write_examples(tmp_path / "rows.safetensors", task.encode(places(rows_of(name))))
+    batches = ExampleBatches(Examples.open(tmp_path / "rows.safetensors"), task, 5, 0)
+    _, lengths, _ = next(batches)
+    assert batches.tokens_seen == int(lengths.sum())
+
+
+def test_a_run_that_begins_again_has_the_same_new_embeddings(tmp_path):
+    """Its tokenizer has the added tokens already; the checkpoint has more embeddings than tokens."""
+    tokenizer = write_base(tmp_path)
+    count = tokenizer.vocab_size
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 48}
+    source = GPT(GPTConfig(vocab_size=count + 64, **sizes))
+    task = make_task(tmp_path, "classification")
+    again = TASKS["classification"](task.config, task.tokenizer, task.state_dict())
+    models = []
+    for each in (task, again):
+        torch.manual_seed(1)
+        models.append(each.model(source).gpt.transformer.wte.weight)
+    assert torch.equal(*models) and not torch.equal(models[0][count], source.transformer.wte.weight[count])
 
 
 def test_the_longest_text_is_cut_first():

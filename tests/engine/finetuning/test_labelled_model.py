@@ -7,6 +7,7 @@ import torch
 from peakgpt.engine.finetuning.labelled_model import ChoiceModel, SequenceModel, TokenModel
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
 START, DELIMITER, EXTRACT = 40, 41, 42
@@ -140,3 +141,19 @@ def test_experts_are_balanced_in_training():
     model, batch = SequenceModel(gpt, 2), batch_of([[text(A)], [text(B)]], [0, 1])
     plain = model.eval()(*batch)
     assert model.train()(*batch) > plain + 0.25  # a balanced layer has a balance loss of 1
+
+
+@pytest.mark.parametrize("plan", ["mlp", "block"])
+def test_recomputed_activations_give_the_same_gradients(plan):
+    model = make_model(SequenceModel, 3, lm_loss_weight=0.5).train()
+
+    def gradients():
+        model.zero_grad()
+        model(*batch_of([[text(A)], [text(B)]], [2, 0])).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    set_recompute(model, plan)
+    block = model.gpt.transformer.h[0]
+    assert (block.recompute, block.mlp.recompute) == (plan == "block", plan == "mlp")
+    torch.testing.assert_close(gradients(), expected)

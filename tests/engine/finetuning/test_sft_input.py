@@ -5,6 +5,7 @@ import re
 
 import pytest
 from sft_data import BLOCKS, PLAIN, THINKING, checkpoint, conversations, make_task, trained_text, write_lines
+from tokenizers import processors
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is 3."}
 CHAT = {"messages": [USER, ANSWER]}
@@ -24,6 +25,9 @@ SHAPES = {
     "messages": CHAT,
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "It is 3."}]},
+    "ShareGPT with more fields": {"conversations": [
+        {"from": "human", "value": "Hi", "role": "boss"}, {"from": "gpt", "value": "It is 3.", "content": "It is 4."},
+    ]},
     "conversations of roles": {"conversations": [USER, ANSWER]},
     "prompt and completion": {"prompt": [USER], "completion": [ANSWER]},
     "Alpaca": {"instruction": "Hi", "input": "", "output": "It is 3.", "text": "ignored"},
@@ -63,6 +67,24 @@ def test_an_answer_of_weight_0_has_no_loss(init, tmp_path):
     rows = [{"messages": [USER, {**ANSWER, "content": "No", "weight": 0}, USER, {**ANSWER, "weight": 1}]}]
     task, (example,) = encode(init, tmp_path, rows)
     assert trained_text(task, example) == "It is 3.<|endoftext|>"
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_what_a_template_writes_before_the_last_answer_has_a_loss(tmp_path, turns):
+    """Empty reasoning, which a generation does not find in its prompt."""
+    init = checkpoint(tmp_path / "model", THINKING)
+    task, (example,) = encode(init, tmp_path, [{"messages": [USER, ANSWER] * turns}])
+    answer = "It is 3.<|endoftext|>\n"
+    assert trained_text(task, example) == answer * (turns - 1) + f"<think></think>{answer}"
+
+
+def test_blanks_that_no_token_stands_for_do_not_move_the_mask(tmp_path):
+    """A tokenizer that trims offsets has no token for a blank at the begin or the end of an answer."""
+    init = checkpoint(tmp_path / "model", BLOCKS.replace("message.content + eos_token", "' ' + message.content + ' '"))
+    task, rows = make_task(init, write_lines(tmp_path / "data.jsonl", [{"messages": [USER, ANSWER, USER, ANSWER]}]))
+    task.tokenizer.library.post_processor = processors.ByteLevel(trim_offsets=True)
+    (example,) = task.encode(rows)
+    assert trained_text(task, example).replace(" ", "") == "Itis3.Itis3."
 
 
 def test_a_template_of_the_user_is_saved_with_the_model(tmp_path):
@@ -129,7 +151,7 @@ def test_messages_without_a_chat_template_are_refused(tmp_path):
         encode(init, tmp_path, [CHAT])
 
 
-@pytest.mark.parametrize("text", ["", "[1]\n", "{\n", json.dumps(CHAT) + "\nnull\n"])
+@pytest.mark.parametrize("text", ["", " \n\n", "[1]\n", "{\n", json.dumps(CHAT) + "\nnull\n"])
 def test_lines_that_are_no_objects_are_refused(init, tmp_path, text):
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"data\.jsonl.* expected a JSON object a line"):
