@@ -88,7 +88,7 @@ class Team {
   void Finish(uint32_t job, uint32_t units);
   void Wait(uint32_t job, int64_t units) const;
   static void BeginUnits();
-  // Whether this thread has used most of its time slice (base/time_slice.h). Called after each unit.
+  // Whether this thread will soon lose its core, because its time slice (base/time_slice.h) ends. Called after each unit.
   static bool MustRest();
   // Lets another process have the core, if one waits for it.
   static void Rest();

@@ -56,7 +56,7 @@ struct PackedLanes {
   }
 };
 
-// Packs `lanes` <= kLanes rows of an operand, contiguous along k.
+// Packs up to kLanes rows (`lanes`) of an operand whose rows are contiguous along k.
 template <class T, bool kHalves, class X>
 void PackAlong(const X* p, int64_t stride, int64_t lanes, int64_t k, PackedLanes<kHalves> to) {
   constexpr int64_t kStep = kLanes * kSlot<T>;

@@ -39,7 +39,7 @@ class Overlap:
 def find_overlaps(
     tasks: Sequence[Texts], corpus: Iterable[Document], report: Callable[[str], None] = lambda phase: None
 ) -> list[Overlap]:
-    """Compare the examples of several tasks with a corpus, which is read once.
+    """Find the n-grams that the examples of several tasks share with a corpus. The corpus is read once.
 
     Args:
         report: called with what is compared now.

@@ -78,7 +78,7 @@ class Metric(Protocol):
 
 
 class MeanMetric:
-    """The mean of the values of single answers."""
+    """A metric that gives each answer a value. The score is the mean of the values."""
 
     def __init__(
         self, reads: str, value: Callable[[Answer], float], chance: Callable[[Example], float] | None = None

@@ -183,7 +183,7 @@ def test_a_neighbour_ends_when_the_process_that_started_it_is_gone():
 
 
 def test_the_time_of_neighbours_is_ours_when_they_have_ended():
-    """Fails if a neighbour is not waited for: its time would be foreign, and its round dropped."""
+    """Fails if the parent does not wait for a neighbour: CPU time of foreign processes drops a round."""
     before = read_ticks()
     if before is None:
         pytest.skip("no /proc/stat")

@@ -23,7 +23,7 @@ class SequenceTask(LabelledTask):
 
     @abstractmethod
     def texts(self, row: Row) -> list[Texts]:
-        """Return the texts of each sequence of a row.
+        """Return the sequences of a row, each as the texts that it joins.
 
         Raises:
             ValueError: a field is missing or is no text.

@@ -47,7 +47,7 @@ def backward(grads, inputs, outputs, saved, needs, *, scale, rows):
 
 
 def _gradients(dy: Tensor, z: Tensor, b: Tensor, scale: float, rows: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of scale^-1 z and of B."""
+    """Return the gradients of x A^T, which is z / scale, and of B."""
     dz, db = torch.empty_like(z), torch.empty_like(b)
     grads = zip(split(rows, dz, b, dy.shape[1]), split(rows, z, db, dy.shape[1]), strict=True)
     for (part, part_dz, part_b), (_, part_z, part_db) in grads:
