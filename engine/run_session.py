@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 
-from peakgpt.engine.checkpoint.model_files import WholeModel
+from peakgpt.engine.checkpoint.model_files import ModelFiles, WholeModel
 from peakgpt.engine.data.data_config import VOCAB
 from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.figures import bytes_text
 from peakgpt.engine.training.held_out import held_out_sets, prepare_held_out
@@ -64,23 +66,110 @@ class RunSession:
     finish: Callable[[], Sequence[str]] = tuple
 
 
-def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
+@dataclass(frozen=True)
+class BuiltRun:
+    """The parts of a run that each command builds in its own way.
+
+    Args:
+        config: of the run.
+        loop: over its data.
+        files: how its checkpoints are written.
+        model_config: for the run file: of the model before a task changes it.
+        size: a line about the model.
+        planned_steps: returns the number of updates that a config plans over the same data.
+        finish: called with the run folder after the last step; returns lines to print.
+    """
+
+    config: RunSettings
+    loop: TrainingLoop
+    files: ModelFiles
+    model_config: GPTConfig
+    size: str
+    planned_steps: Callable[[Any], int]
+    finish: Callable[[Path], Sequence[str]] = lambda path: ()
+
+    def report(self, device: torch.device, reporter: Reporter) -> None:
+        reporter.say(listing(self.config, self.loop.trainer.model.config, device))
+        reporter.say(self.size)
+
+    def check_profile(self, done: int) -> None:
+        """Raise ValueError if the steps to profile are not among those that follow `done` steps."""
+        train = self.config.train
+        check_window(self.config.metrics.profile, done, None if train.minutes else self.loop.trainer.steps)
+
+    def session(self, folder: RunFolder) -> RunSession:
+        checkpoints = CheckpointManager(folder, self.loop, self.files, self.config.checkpoint)
+        return RunSession(self.config, folder, self.loop, checkpoints, functools.partial(self.finish, folder.path))
+
+
+def begin(build: Callable[[], BuiltRun], folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
     """Build a new run. If that fails, nothing is left in the folder.
+
+    Raises:
+        ValueError: bad input.
+    """
+    with folder.discarded_on_bad_input():
+        run = build()
+        run.check_profile(0)
+        run.report(device, reporter)
+        write_run_file(folder.root, run.config, run.model_config)
+    return run.session(folder)
+
+
+def reopen(
+    path: Path, kind: type[RunSettings], changes: Mapping[str, Any], build: Callable[[Any, RunFolder], BuiltRun],
+    device: torch.device, reporter: Reporter,
+) -> RunSession:  # fmt: skip
+    """Open a run at its newest undamaged checkpoint, or at step 0 if it was killed before the first one.
+
+    Args:
+        path: the run folder.
+        kind: of its config.
+        changes: values of resumable settings, by name.
+        build: builds the run from its folder.
+        device: to train on.
+        reporter: gets the resolved settings.
+    Raises:
+        ValueError: no run, a damaged one, or a change that is not possible.
+    """
+    folder = RunFolder.reopen(path)
+    reporter.enter_phase("loading the run")
+    try:
+        values = read_run_file(path, kind)
+        saved, config = kind.of(values), kind.of({**values, **changes})
+        require_packages(config.metrics)
+        run = build(config, folder)
+        session = run.session(folder)
+        planned = run.planned_steps(saved), run.loop.trainer.steps
+
+        def accept(done: int) -> None:
+            check_extension(saved.train, config.train, done, *planned)
+            if "profile" in changes:
+                run.check_profile(done)
+
+        session.checkpoints.load(report=reporter.say, accept=accept)
+        write_run_file(path, config, run.model_config)
+    except BaseException:
+        folder.close()
+        raise
+    run.report(device, reporter)
+    reporter.say(f"resumed after step {run.loop.trainer.steps_done}")
+    return session
+
+
+def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
+    """Build a new run of `peakgpt train`; see `begin`.
 
     Raises:
         ValueError: bad data, or a model that does not fit the tokenizer.
     """
-    with folder.discarded_on_bad_input():
+
+    def build() -> BuiltRun:
         data, tokenizer = prepare_data(config, folder, reporter)
         reporter.enter_phase("building the model and measuring the device's peak")
-        model = initial_model(config, data)
-        loop = build_loop(config, folder, data, tokenizer, model.to(device))
-        check_window(config.metrics.profile, 0, None if config.train.minutes else loop.trainer.steps)
-        reporter.say(listing(config, model.config, device))
-        reporter.say(sizes(loop, data))
-        write_run_file(folder.root, config, model.config)
-    files = WholeModel(model, tokenizer)
-    return RunSession(config, folder, loop, CheckpointManager(folder, loop, files, config.checkpoint))
+        return _built(config, folder, data, tokenizer, initial_model(config, data).to(device))
+
+    return begin(build, folder, device, reporter)
 
 
 def check_resources(config: RunConfig, device: torch.device, reporter: Reporter) -> None:
@@ -97,43 +186,23 @@ def check_resources(config: RunConfig, device: torch.device, reporter: Reporter)
 
 
 def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporter: Reporter) -> RunSession:
-    """Open a run at its newest undamaged checkpoint, or at step 0 if it was killed before the first one.
+    """Open a run of `peakgpt train` again; see `reopen`."""
 
-    Args:
-        path: the run folder.
-        changes: values of resumable settings, by name.
-        device: to train on.
-        reporter: gets the resolved settings.
-    Raises:
-        ValueError: no run, a damaged one, or a change that is not possible.
-    """
-    folder = RunFolder.reopen(path)
-    reporter.enter_phase("loading the run and measuring the device's peak")
-    try:
-        values = read_run_file(path)
-        saved, config = RunConfig.of(values), RunConfig.of({**values, **changes})
-        require_packages(config.metrics)
+    def build(config: RunConfig, folder: RunFolder) -> BuiltRun:
         steps = saved_steps(path)
         data, tokenizer = open_data(config, folder, saved_tokenizer(config, path, steps))
         model = empty_model(config, data) if steps else initial_model(config, data)
-        loop = build_loop(config, folder, data, tokenizer, model.to(device))
-        checkpoints = CheckpointManager(folder, loop, WholeModel(model, tokenizer), config.checkpoint)
-        planned = planned_steps(saved, data), loop.trainer.steps
+        return _built(config, folder, data, tokenizer, model.to(device))
 
-        def accept(done: int) -> None:
-            check_extension(saved.train, config.train, done, *planned)
-            if "profile" in changes:
-                check_window(config.metrics.profile, done, None if config.train.minutes else loop.trainer.steps)
+    return reopen(path, RunConfig, changes, build, device, reporter)
 
-        checkpoints.load(report=reporter.say, accept=accept)
-        write_run_file(path, config, model.config)
-    except BaseException:
-        folder.close()
-        raise
-    reporter.say(listing(config, model.config, device))
-    reporter.say(sizes(loop, data))
-    reporter.say(f"resumed after step {loop.trainer.steps_done}")
-    return RunSession(config, folder, loop, checkpoints)
+
+def _built(
+    config: RunConfig, folder: RunFolder, data: TrainingData, tokenizer: Tokenizer | None, model: GPT
+) -> BuiltRun:  # fmt: skip
+    loop = build_loop(config, folder, data, tokenizer, model)
+    return BuiltRun(config, loop, WholeModel(model, tokenizer), model.config, sizes(loop, data),
+                    functools.partial(planned_steps, data=data))  # fmt: skip
 
 
 def prepare_data(

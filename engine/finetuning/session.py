@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -33,16 +34,13 @@ from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.tasks.catalogue import TASKS
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.lora import has_adapters
-from peakgpt.engine.run_session import Reporter, RunSession, check_extension
-from peakgpt.engine.training.checkpoint_manager import CheckpointManager
+from peakgpt.engine.run_session import BuiltRun, Reporter, RunSession, begin, reopen
 from peakgpt.engine.training.figures import bytes_text
 from peakgpt.engine.training.loop import TrainingLoop
 from peakgpt.engine.training.memory_estimate import refuse_what_cannot_fit
 from peakgpt.engine.training.metric_sinks import require_packages
-from peakgpt.engine.training.run_file import listing, read_run_file, write_run_file
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.schedule import DEFAULT_STEPS
-from peakgpt.engine.training.step_profile import check_window
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation_config import HELD_OUT
 from peakgpt.kernels.strict_json import dumps
@@ -81,62 +79,32 @@ def check_resources(config: FinetuneConfig, device: torch.device, reporter: Repo
 
 
 def start(config: FinetuneConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
-    """Build a new run. If that fails, nothing is left in the folder.
+    """Build a new run; see `begin`.
 
     Raises:
         ValueError: bad data, or a checkpoint that the task cannot adapt.
     """
-    with folder.discarded_on_bad_input():
+
+    def build() -> BuiltRun:
         reporter.enter_phase("encoding the examples")
         task = TASKS[config.task.task](config, Tokenizer.load(config.task.init))
         sets = prepare_examples(task, folder.tokens, reporter)
         reporter.enter_phase("building the model")
-        loop = build_loop(task, sets, initial_model(config), device)
-        check_window(config.metrics.profile, 0, None if config.train.minutes else loop.trainer.steps)
-        reporter.say(listing(config, loop.trainer.model.config, device))
-        reporter.say(model_size(loop))
-        write_run_file(folder.root, config, config.model_config())
-    return _session(folder, loop, task, sets, _checkpoints(folder, loop, task))
+        return _built(task, sets, initial_model(config), device)
+
+    return begin(build, folder, device, reporter)
 
 
 def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporter: Reporter) -> RunSession:
-    """Open a run at its newest undamaged checkpoint, or at step 0 if it was killed before the first one.
+    """Open a run of `peakgpt finetune` again; see `reopen`."""
 
-    Args:
-        path: the run folder.
-        changes: values of resumable settings, by name.
-        device: to train on.
-        reporter: gets the resolved settings.
-    Raises:
-        ValueError: no run, a damaged one, or a change that is not possible.
-    """
-    folder = RunFolder.reopen(path)
-    reporter.enter_phase("loading the run")
-    try:
-        values = read_run_file(path, FinetuneConfig)
-        saved, config = FinetuneConfig.of(values), FinetuneConfig.of({**values, **changes})
-        require_packages(config.metrics)
+    def build(config: FinetuneConfig, folder: RunFolder) -> BuiltRun:
         sets = ExampleSets.open(config, folder.tokens)
         state = json.loads((folder.tokens / STATE).read_text(encoding="utf-8"))
         task = TASKS[config.task.task](config, Tokenizer.load(folder.tokens), state)
-        loop = build_loop(task, sets, resumed_model(config, path), device)
-        checkpoints = _checkpoints(folder, loop, task)
-        planned = planned_steps(saved, sets), loop.trainer.steps
+        return _built(task, sets, resumed_model(config, path), device)
 
-        def accept(done: int) -> None:
-            check_extension(saved.train, config.train, done, *planned)
-            if "profile" in changes:
-                check_window(config.metrics.profile, done, None if config.train.minutes else loop.trainer.steps)
-
-        checkpoints.load(report=reporter.say, accept=accept)
-        write_run_file(path, config, config.model_config())
-    except BaseException:
-        folder.close()
-        raise
-    reporter.say(listing(config, loop.trainer.model.config, device))
-    reporter.say(model_size(loop))
-    reporter.say(f"resumed after step {loop.trainer.steps_done}")
-    return _session(folder, loop, task, sets, checkpoints)
+    return reopen(path, FinetuneConfig, changes, build, device, reporter)
 
 
 def prepare_examples(task: Task, tokens: Path, reporter: Reporter) -> ExampleSets:
@@ -206,22 +174,19 @@ def model_size(loop: TrainingLoop) -> str:
     return f"model: {sum(parameter.numel() for parameter in parameters):,} parameters, {trained:,} of them are trained"
 
 
-def _session(
-    folder: RunFolder, loop: TrainingLoop, task: Task, sets: ExampleSets, checkpoints: CheckpointManager
-) -> RunSession:  # fmt: skip
-    def finish() -> list[str]:
-        model, best = loop.trainer.model, folder.path / CHECKPOINTS / BEST
-        if best.exists() and (state := checkpoints.files.read(best)) is not None:
-            model.load_state_dict(state, strict=False)  # without the tensors that never change
-        return task.finish(folder.path, model, sets.held_out[HELD_OUT])
-
-    return RunSession(task.config, folder, loop, checkpoints, finish)
-
-
-def _checkpoints(folder: RunFolder, loop: TrainingLoop, task: Task) -> CheckpointManager:
+def _built(task: Task, sets: ExampleSets, gpt: GPT, device: torch.device) -> BuiltRun:
+    config, loop = task.config, build_loop(task, sets, gpt, device)
     model = loop.trainer.model
     files = AdapterFiles(model, task.tokenizer) if has_adapters(model) else task.files(model)
-    return CheckpointManager(folder, loop, files, task.config.checkpoint)
+
+    def finish(path: Path) -> Sequence[str]:
+        best = path / CHECKPOINTS / BEST
+        if best.exists() and (state := files.read(best)) is not None:
+            model.load_state_dict(state, strict=False)  # without the tensors that never change
+        return task.finish(path, model, sets.held_out[HELD_OUT])
+
+    return BuiltRun(config, loop, files, config.model_config(), model_size(loop),
+                    functools.partial(planned_steps, sets=sets), finish)  # fmt: skip
 
 
 def _file(tokens: Path, stem: str) -> Path:
