@@ -30,7 +30,7 @@ from peakgpt.engine.training.metric_sinks import require_packages
 from peakgpt.engine.training.run_config import RunConfig
 from peakgpt.engine.training.run_file import listing, read_run_file, write_run_file
 from peakgpt.engine.training.run_folder import RunFolder
-from peakgpt.engine.training.run_settings import RunSettings
+from peakgpt.engine.training.run_settings import RunSettings, expect_weights_of
 from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.step_profile import check_window
 from peakgpt.engine.training.train_config import TrainConfig
@@ -266,6 +266,7 @@ def initial_model(config: RunConfig, data: TrainingData) -> GPT:
     model = empty_model(config, data)
     if config.source.init is not None:
         source = GPT.from_pretrained(config.source.init, dequantize=True, merge_adapter=True)
+        expect_weights_of(model.config, source.config, config.source.init)  # a run's file has all fields of its model
         model.load_state_dict(source.state_dict())  # copied: a run does not depend on the file, and has huge pages
         model.source_files = source.source_files
     return model

@@ -1,5 +1,6 @@
 """`peakgpt train` as a whole: a file reproduces a run, --init, --tokenizer, longer runs, and flags that are refused."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_init_goes_on_from_the_weights_and_the_tokenizer_of_a_checkpoint(checkpo
         torch.testing.assert_close(after.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     assert Tokenizer.load("run").encode("the cat") == tokenizer.encode("the cat")
     assert train("--init", "run", "--text", "text", "--out", "next", *flags) == 0, "a run folder is a checkpoint too"
+
+
+def test_the_file_of_a_run_is_not_for_another_checkpoint(checkpoint, capsys):
+    """The file has the fields of its checkpoint, which another one may not have."""
+    model, tokenizer = checkpoint
+    other = GPT(dataclasses.replace(model.config, layer_norm_epsilon=1e-3))
+    other.save_pretrained("other", tokenizer=tokenizer)
+    flags = ["--batch", "2", "--tokens", "16", "--steps", "1", "--dtype", "float32", "--device", "cpu"]
+    assert train("--init", "checkpoint", "--text", "text", "--out", "one", *flags) == 0
+    assert train("--config", "one/config.toml", "--init", "other", "--out", "two") == 2 and not Path("two").exists()
+    assert "layer_norm_epsilon is 1e-05, expected 0.001, that of init" in capsys.readouterr().err
 
 
 def test_a_run_from_init_is_resumed_without_the_checkpoint(checkpoint, tmp_path):
